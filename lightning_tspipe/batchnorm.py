@@ -1,0 +1,84 @@
+"""Deferred batch normalization: running statistics move once per batch, by the statistics of the whole batch.
+
+Source: Kim et al., "torchgpipe", https://arxiv.org/abs/2004.09910, section "Deferred batch normalization". Each microbatch
+is normalized by its own statistics; what a validation uses is then the same for every number of microbatches.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Slot = tuple[int, int]  # batch, view
+
+
+class _Part(NamedTuple):
+    count: int
+    mean: Tensor
+    var: Tensor  # unbiased
+
+
+class DeferredBatchNorm:
+    """Takes over the running statistics of the batch norms of one network while it is in a pipeline.
+
+    Args:
+        modules: modules to search for batch norms; others are left alone.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        self._norms = [m for root in modules for m in root.modules() if isinstance(m, kinds) and m.track_running_stats]
+        self._parts: dict[Slot, dict[int, list[_Part]]] = defaultdict(lambda: defaultdict(list))
+        self.slot: Slot = (0, 0)
+        for index, norm in enumerate(self._norms):
+            norm.forward = partial(self._forward, norm, index)  # type: ignore[method-assign]
+
+    def restore(self) -> None:
+        """Give the batch norms their own forward back."""
+        for norm in self._norms:
+            del norm.forward
+
+    @torch.no_grad()
+    def commit(self, batch: int) -> None:
+        """Move the running statistics by those of a whole batch, view after view as the networks would."""
+        for slot in sorted(slot for slot in self._parts if slot[0] == batch):
+            for index, parts in self._parts.pop(slot).items():
+                _update(self._norms[index], parts)
+
+    def discard(self, batch: int) -> None:
+        """Forget a batch that is not trained on after all."""
+        for slot in [slot for slot in self._parts if slot[0] == batch]:
+            del self._parts[slot]
+
+    def _forward(self, norm: nn.BatchNorm1d, index: int, inputs: Tensor) -> Tensor:
+        if not norm.training:
+            return type(norm).forward(norm, inputs)
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm._check_input_dim(inputs)
+        # with momentum 1 the kernel leaves the statistics of this microbatch in the two buffers, at no extra cost
+        mean, var = torch.zeros_like(norm.running_mean), torch.ones_like(norm.running_var)
+        output = nn.functional.batch_norm(inputs, mean, var, norm.weight, norm.bias, True, 1.0, norm.eps)
+        self._parts[self.slot][index].append(_Part(inputs.numel() // inputs.shape[1], mean, var))
+        return output
+
+
+def _update(norm: nn.BatchNorm1d, parts: list[_Part]) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    total = sum(part.count for part in parts)
+    if len(parts) == 1:
+        mean, var = parts[0].mean, parts[0].var
+    else:
+        means = torch.stack([part.mean for part in parts])
+        counts = means.new_tensor([part.count for part in parts]).unsqueeze(1)
+        mean = (means * counts).sum(0) / total
+        squares = torch.stack([part.var * (part.count - 1) for part in parts]).sum(0)
+        var = (squares + (counts * (means - mean) ** 2).sum(0)) / max(total - 1, 1)
+    norm.num_batches_tracked += 1
+    factor = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.to(mean.dtype)
+    norm.running_mean.mul_(1 - factor).add_(mean * factor)
+    norm.running_var.mul_(1 - factor).add_(var * factor)

@@ -1,0 +1,142 @@
+"""Per-stage weights and optimizer state <-> one whole module and one whole state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_tspipe.comm import Comm
+from lightning_tspipe.partition import tensors_of
+
+Groups = list[list[str]]
+
+
+class Shards:
+    """Which rank owns which parameter and buffer of a module, and how to take it apart and make it whole.
+
+    Args:
+        module: the user's module.
+        owners: owner by qualified name; names that are missing are everyone's, and the last rank's are the true ones.
+        rank: this rank.
+        comm: this rank's connections; None for one stage.
+    """
+
+    def __init__(self, module: nn.Module, owners: Mapping[str, int], rank: int, comm: Comm | None) -> None:
+        self._module, self._owners, self._rank, self._comm = module, dict(owners), rank, comm
+
+    def is_mine(self, name: str) -> bool:
+        """Whether this rank trains a parameter: it owns it, or it is of neither network and this is the last rank."""
+        return self._owners.get(name, self._last) == self._rank
+
+    @property
+    def _last(self) -> int:
+        return 0 if self._comm is None else self._comm.stages - 1
+
+    def spread(self) -> None:
+        """Let every rank begin with rank 0's values, as DDP does: the processes may have built them differently."""
+        if self._comm is not None:
+            with torch.no_grad():
+                for tensor in tensors_of(self._module).values():
+                    tensor.copy_(self._comm.share(tensor.detach(), 0))
+
+    def to(self, device: torch.device) -> None:
+        """Move what this rank holds."""
+        for tensor in tensors_of(self._module).values():
+            if not tensor.is_meta and tensor.device != device:
+                _swap(tensor, tensor.detach().to(device))
+
+    def release(self) -> None:
+        """Give back the memory of other ranks' tensors; names, shapes and the identity of the objects stay."""
+        for name, tensor in tensors_of(self._module).items():
+            if self._owners.get(name, self._rank) != self._rank and not tensor.is_meta:
+                _swap(tensor, torch.empty_like(tensor, device="meta"))
+
+    def restore(self) -> None:
+        """Give every rank every tensor, in host memory where it was another rank's."""
+        self.share_common()
+        for name, tensor in tensors_of(self._module).items():
+            if name in self._owners and self._comm is not None:
+                value = self._comm.share(tensor.detach() if self.is_mine(name) else None, self._owners[name])
+                if tensor.is_meta:
+                    _swap(tensor, value.clone())
+
+    def share_common(self) -> None:
+        """Copy what belongs to neither network (a head, a temperature) from the last rank to the others."""
+        if self._comm is None:
+            return
+        common = {name: t for name, t in tensors_of(self._module).items() if name not in self._owners}
+        shared = self._comm.share({name: tensor.detach() for name, tensor in common.items()}, self._last)
+        with torch.no_grad():
+            for name, tensor in common.items():
+                if tensor is not shared[name]:
+                    tensor.copy_(shared[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole module's state dict on rank 0, an empty one elsewhere; its keys are those of the plain module."""
+        state = self._module.state_dict()
+        mine = {name: value for name, value in state.items() if not isinstance(value, Tensor) or self.is_mine(name)}
+        parts = [mine] if self._comm is None else self._comm.gather(mine)
+        if parts is None:
+            return {}
+        whole = {name: value for part in parts for name, value in part.items()}
+        return {name: whole[name] for name in state}
+
+    def take_groups(self, optimizer: Optimizer) -> Groups:
+        """Leave only this rank's parameters in the optimizer's groups; returns the names of all, group by group."""
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        groups = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if self.is_mine(names.get(id(p), "?"))]
+        return groups
+
+    def optimizer_state(self, optimizer: Optimizer, groups: Groups) -> dict[str, Any]:
+        """The state dict that the optimizer would have with all parameters; on rank 0, an empty one elsewhere."""
+        local = optimizer.state_dict()
+        mine = [[name for name in group if self.is_mine(name)] for group in groups]
+        named = {
+            name: local["state"][index]
+            for group, names in zip(local["param_groups"], mine, strict=True)
+            for index, name in zip(group["params"], names, strict=True)
+            if index in local["state"]
+        }
+        parts = [named] if self._comm is None else self._comm.gather(named)
+        if parts is None:
+            return {}
+        whole = {name: state for part in parts for name, state in part.items()}
+        order = [name for group in groups for name in group]
+        numbers = iter(range(len(order)))
+        return {
+            **local,
+            "state": {number: whole[name] for number, name in enumerate(order) if name in whole},
+            "param_groups": [
+                {**group, "params": [next(numbers) for _ in names]}
+                for group, names in zip(local["param_groups"], groups, strict=True)
+            ],
+        }
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any], groups: Groups) -> None:
+        """Load this rank's part of a whole state dict."""
+        order = [name for group in groups for name in group]
+        mine = [name for name in order if self.is_mine(name)]
+        numbers = {name: number for number, name in enumerate(order)}
+        parts = {
+            index: state["state"][numbers[name]] for index, name in enumerate(mine) if numbers[name] in state["state"]
+        }
+        counter = iter(range(len(mine)))
+        saved = [
+            {**group, "params": [next(counter) for name in names if self.is_mine(name)]}
+            for group, names in zip(state["param_groups"], groups, strict=True)
+        ]
+        optimizer.load_state_dict({**state, "state": parts, "param_groups": saved})
+
+
+def _swap(tensor: Tensor, value: Tensor) -> None:
+    """Replace what a tensor object holds; optimizers and modules that refer to the object see the new value."""
+    replacement: Tensor = value
+    if isinstance(tensor, nn.Parameter):
+        replacement = nn.Parameter(value, requires_grad=tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, replacement)

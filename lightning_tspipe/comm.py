@@ -1,0 +1,339 @@
+"""Everything that sends and receives: activations, gradients, headers, and the news that a rank has failed.
+
+Each directed edge and kind of message is a `Channel` of its own with one order of messages. On gloo the kinds are told
+apart by tags; NCCL has no tags, so each edge and kind gets a communicator. No send is waited for where it is made: every
+one is kept, with its buffer, until it is certain that the receiver has it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections import deque
+from collections.abc import Hashable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_tspipe import tree
+from lightning_tspipe.data import Shapes, shapes_of
+from lightning_tspipe.errors import PipelineError
+
+HEADER_BYTES = 2048
+KINDS = ("T", "F", "B", "L", "Y")  # teacher, student, gradients, loss and logged values, targets
+LINES = ("header", "relay", "eval", *KINDS)
+
+
+class FailureBoard:
+    """Where the first rank that fails says why, for the others to repeat; it lives on rank 0."""
+
+    def __init__(self, rank: int, world_size: int, timeout: timedelta) -> None:
+        host = os.environ["MASTER_ADDR"]
+        address: list[Any] = [None]
+        if rank == 0:
+            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            address = [self._store.port]
+        dist.broadcast_object_list(address, src=0)
+        if rank != 0:
+            self._store = dist.TCPStore(host, address[0], is_master=False, wait_for_workers=False, timeout=timeout)
+        self._rank = rank
+        self.failed = False
+
+    def report(self, text: str) -> None:
+        """Tell the others why this rank stops; only the first report counts."""
+        self.failed = True
+        with suppress(Exception):  # the store died with rank 0: the others find out in the same way
+            self._store.compare_set("failure", "", text)
+
+    def explain(self, peer: int) -> PipelineError:
+        """The error to raise when the connection to `peer` is gone."""
+        died = "rank {0} (stage {0}) died without a word: it was killed, or ran out of memory. See its own output."
+        try:
+            if not self._store.check(["failure"]):
+                self._store.compare_set("failure", "", died.format(peer))
+            text = self._store.get("failure").decode()
+        except Exception:
+            text = died.format(0)
+        self.failed = True
+        return PipelineError(f"Rank {self._rank} stops because the pipeline lost a rank: {text}")
+
+
+class Line:
+    """Small Python objects from one rank to another, by way of the host; the receiver may post early."""
+
+    def __init__(self, comm: Comm, name: str, peer: int) -> None:
+        self._comm, self._peer, self._tag = comm, peer, 1 + LINES.index(name)
+        self._posted: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def send(self, message: object) -> None:
+        """Send without waiting."""
+        payload = pickle.dumps(message)
+        head = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+        head[:8] = torch.tensor([len(payload)]).view(torch.uint8)
+        inline = payload[: HEADER_BYTES - 8]
+        head[8 : 8 + len(inline)] = torch.frombuffer(bytearray(inline), dtype=torch.uint8)
+        self._comm.keep(self._isend(head), head, self._peer)
+        if rest := payload[HEADER_BYTES - 8 :]:
+            tail = torch.frombuffer(bytearray(rest), dtype=torch.uint8)
+            self._comm.keep(self._isend(tail), tail, self._peer)
+
+    def post(self) -> None:
+        """Post the receive of the next message."""
+        head = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        self._posted.append((self._irecv(head), head))
+
+    def take(self) -> Any:
+        """Wait for the next message, posting its receive if `post` did not."""
+        if not self._posted:
+            self.post()
+        work, head = self._posted.popleft()
+        self._comm.wait(work, self._peer)
+        size = int(head[:8].view(torch.int64)[0])
+        payload = head[8 : 8 + size]
+        if size > HEADER_BYTES - 8:
+            tail = torch.empty(size - (HEADER_BYTES - 8), dtype=torch.uint8)
+            self._comm.wait(self._irecv(tail), self._peer)
+            payload = torch.cat([payload, tail])
+        return pickle.loads(payload.numpy().tobytes())
+
+    def _isend(self, tensor: Tensor) -> dist.Work:
+        return self._comm.start(dist.isend, tensor, self._peer, self._comm.control, self._tag)
+
+    def _irecv(self, tensor: Tensor) -> dist.Work:
+        return self._comm.start(dist.irecv, tensor, self._peer, self._comm.control, self._tag)
+
+
+class _Receive:
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
+        self.buffers: list[Tensor] = []
+        self.works: list[dist.Work] | None = None
+
+
+class Channel:
+    """Trees of tensors of one kind from one rank to another, in one order.
+
+    Shapes are announced once per key by way of the host and remembered on both ends.
+    """
+
+    def __init__(self, comm: Comm, kind: str, peer: int, group: dist.ProcessGroup) -> None:
+        self._comm, self._peer, self._group, self._kind = comm, peer, group, kind
+        self._tag = 1 + KINDS.index(kind)
+        self._line = Line(comm, kind, peer)
+        self._known: dict[Hashable, tuple[tree.Structure, Shapes]] = {}
+        self._receives: deque[_Receive] = deque()
+        self._sent: deque[tuple[list[dist.Work], list[Tensor]]] = deque()
+        self._old = 0
+
+    def know(self, key: Hashable, structure: tree.Structure, shapes: Shapes) -> None:
+        """Both ends know what this key looks like, so it needs no announcement."""
+        self._known.setdefault(key, (structure, shapes))
+
+    def send(self, key: Hashable, value: Any) -> None:
+        """Send without waiting; the tensors must not be changed until `retire`."""
+        leaves, structure = tree.flatten(value)
+        meta = (structure, shapes_of(leaves))
+        if key not in self._known:
+            self._known[key] = meta
+            self._line.send(meta)
+        elif self._known[key] != meta:
+            raise ValueError(
+                f"A network changed the shape of its output ({self._kind}) between batches of equal inputs: first "
+                f"{self._known[key]}, now {meta}. Outputs must have the same shapes for the same input shapes."
+            )
+        buffers = [self._comm.to_wire(leaf) for leaf in leaves]
+        works = [self._comm.start(dist.isend, buffer, self._peer, self._group, self._tag) for buffer in buffers]
+        self._comm.messages[self._kind] += len(works)
+        self._sent.append((works, buffers))
+
+    def post(self, key: Hashable) -> None:
+        """Post the receive of the next message; it is put off while its shapes are not known yet."""
+        self._receives.append(_Receive(key))
+        self._flush()
+
+    def take(self) -> Any:
+        """Wait for the oldest posted message."""
+        receive = self._receives[0]
+        if receive.works is None:
+            self._known[receive.key] = self._line.take()
+            self._flush()
+        assert receive.works is not None
+        for work in receive.works:
+            self._comm.wait(work, self._peer)
+        self._receives.popleft()
+        leaves = [self._comm.from_wire(buffer) for buffer in receive.buffers]
+        return tree.unflatten(leaves, self._known[receive.key][0])
+
+    def retire(self, count: int) -> None:
+        """Let go of the `count` oldest sends, which the receiver is known to have."""
+        for _ in range(min(count, len(self._sent))):
+            for work in self._sent.popleft()[0]:
+                self._comm.wait(work, self._peer)
+        self._old = min(self._old, len(self._sent))
+
+    def end_step(self) -> None:
+        """Let go of what was sent before the last call."""
+        self.retire(self._old)
+        self._old = len(self._sent)
+
+    def _flush(self) -> None:
+        for receive in self._receives:
+            if receive.works is None:
+                if receive.key not in self._known:
+                    return
+                shapes = self._known[receive.key][1]
+                receive.buffers = [self._comm.buffer(shape, dtype) for shape, dtype in shapes]
+                receive.works = [
+                    self._comm.start(dist.irecv, buffer, self._peer, self._group, self._tag)
+                    for buffer in receive.buffers
+                ]
+
+
+class Comm:
+    """All communication of one rank of one pipeline.
+
+    Args:
+        rank, stages: this rank and how many there are.
+        device: where activations live.
+        backend: "gloo" or "nccl" for the activations; gloo on CUDA goes through pinned host memory.
+        timeout: how long a message may take before the job is given up.
+    """
+
+    def __init__(self, rank: int, stages: int, device: torch.device, backend: str, timeout: timedelta) -> None:
+        self.rank, self.stages, self.device = rank, stages, device
+        self.messages: dict[str, int] = dict.fromkeys((*KINDS, "line"), 0)
+        self._staged = device.type == "cuda" and backend == "gloo"
+        self._kept: deque[tuple[dist.Work, Tensor, int]] = deque()
+        self._old = 0
+        ranks = list(range(stages))
+        self.board = FailureBoard(rank, stages, timeout)
+        self.control = dist.new_group(ranks, backend="gloo", timeout=timeout)
+        data = dist.new_group(ranks, backend="gloo", timeout=timeout) if backend == "gloo" else None
+        edges = [(kind, k, k + 1) for kind in "TF" for k in ranks[:-1]]
+        edges += [(kind, k + 1, k) for kind in "BL" for k in ranks[:-1]]
+        edges += [("Y", 0, stages - 1)]
+        self.inward: dict[str, Channel] = {}
+        self.outward: dict[str, Channel] = {}
+        for kind, source, target in edges:
+            group = data or dist.new_group([source, target], backend=backend, timeout=timeout)
+            if rank == target:
+                self.inward[kind] = Channel(self, kind, source, group)
+            if rank == source:
+                self.outward[kind] = Channel(self, kind, target, group)
+        self.lines_in = {"header": Line(self, "header", 0)} if rank else {}
+        self.lines_out: dict[str, Line] = {}
+        self._headers = [] if rank else [Line(self, "header", peer) for peer in range(1, stages)]
+        if rank < stages - 1:
+            self.lines_in["relay"] = Line(self, "relay", rank + 1)
+            self.lines_out["eval"] = Line(self, "eval", rank + 1)
+        if rank:
+            self.lines_out["relay"] = Line(self, "relay", rank - 1)
+            self.lines_in["eval"] = Line(self, "eval", rank - 1)
+
+    def send_header(self, header: object) -> None:
+        """Tell every other rank about a batch; rank 0 sends to each directly, so that no rank waits for another."""
+        for line in self._headers:
+            line.send(header)
+
+    def start(self, call: Any, tensor: Tensor, peer: int, group: dist.ProcessGroup, tag: int) -> dist.Work:
+        """Start one send or receive; a lost connection becomes a `PipelineError`."""
+        try:
+            return call(tensor, peer, group=group, tag=tag)
+        except RuntimeError as error:
+            raise self.board.explain(peer) from error
+
+    def wait(self, work: dist.Work, peer: int) -> None:
+        """Wait for one message; a lost connection becomes a `PipelineError`."""
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self.board.explain(peer) from error
+
+    def keep(self, work: dist.Work, buffer: Tensor, peer: int) -> None:
+        """Keep the send of a line until it is certain to have been received."""
+        self.messages["line"] += 1
+        self._kept.append((work, buffer, peer))
+
+    def end_step(self) -> None:
+        """Let go of sends of the step before."""
+        for channel in self.outward.values():
+            channel.end_step()
+        for _ in range(self._old):
+            work, _, peer = self._kept.popleft()
+            self.wait(work, peer)
+        self._old = len(self._kept)
+
+    def drain(self) -> None:
+        """Wait for every send that is still under way."""
+        self.end_step()
+        self.end_step()
+
+    def close(self) -> None:
+        """Let go of every connection; peers that still wait for this rank are woken by that."""
+        self.inward.clear()
+        self.outward.clear()
+        self.lines_in.clear()
+        self.lines_out.clear()
+        self._headers.clear()
+        self._kept.clear()
+        if hasattr(self, "control"):
+            del self.control
+
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An empty tensor to receive into."""
+        if self._staged:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def to_wire(self, tensor: Tensor) -> Tensor:
+        """The tensor in the form that is sent."""
+        tensor = tensor.detach().contiguous()
+        return tensor.cpu() if self._staged else tensor
+
+    def from_wire(self, tensor: Tensor) -> Tensor:
+        """A received tensor on this rank's device."""
+        return tensor.to(self.device, non_blocking=True) if self._staged else tensor
+
+    def share(self, value: Any, source: int) -> Any:
+        """Give every rank a rank's tree of tensors and constants; the others' `value` is ignored. Not for hot paths."""
+        if self.stages == 1:
+            return value
+        leaves, structure = tree.flatten(value if self.rank == source else None)
+        meta: list[Any] = [(structure, shapes_of(leaves))]
+        try:
+            dist.broadcast_object_list(meta, src=source, group=self.control)
+            structure, shapes = meta[0]
+            buffers = [leaf.detach().cpu().contiguous() for leaf in leaves] or [
+                torch.empty(shape, dtype=dtype) for shape, dtype in shapes
+            ]
+            for buffer in buffers:
+                dist.broadcast(buffer, src=source, group=self.control)
+        except RuntimeError as error:
+            raise self.board.explain(source) from error
+        return value if self.rank == source else tree.unflatten([b.to(self.device) for b in buffers], structure)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's tree on rank 0, in host memory; None elsewhere. Not for hot paths."""
+        if self.stages == 1:
+            return [value]
+        if self.rank:
+            Line(self, "eval", 0).send(_to_host(value))
+            return None
+        return [value, *(Line(self, "eval", source).take() for source in range(1, self.stages))]
+
+    def chain(self, run: Any, value: Any) -> Any:
+        """Pass a value through every rank's `run` in turn and give the last one's result to all. Not for hot paths."""
+        if self.rank:
+            value = tree.map_tensors(self.lines_in["eval"].take(), lambda leaf: leaf.to(self.device))
+        value = run(value)
+        if self.rank < self.stages - 1:
+            self.lines_out["eval"].send(_to_host(value))
+        return self.share(value, self.stages - 1)
+
+
+def _to_host(value: Any) -> Any:
+    return tree.map_tensors(value, lambda leaf: leaf.detach().cpu())

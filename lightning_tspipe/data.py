@@ -1,0 +1,151 @@
+"""What the loading rank tells the others about a batch, and the cutting of a batch into microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tspipe import tree
+from lightning_tspipe.stage import Network
+
+Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+def shapes_of(leaves: list[Tensor]) -> Shapes:
+    """Shape and type of each tensor."""
+    return tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The input of one network: one structure and its tensors' shapes per view."""
+
+    views: tuple[tuple[tree.Structure, Shapes], ...]
+    is_list: bool
+
+    @classmethod
+    def of(cls, value: Any) -> Inputs:
+        """Describe what an input hook returned; a list means views."""
+        views = value if isinstance(value, list) else [value]
+        flat = [tree.flatten(view) for view in views]
+        return cls(tuple((structure, shapes_of(leaves)) for leaves, structure in flat), isinstance(value, list))
+
+
+@dataclass(frozen=True)
+class BatchInfo:
+    """The header: what every rank knows of a batch before any of its tensors arrive. Sent once per batch.
+
+    Args:
+        index: number of the batch since training began.
+        sizes: rows of each microbatch.
+        student, teacher: shapes of the inputs of the networks, whole batch.
+        target: structure and shapes of the target.
+        batch: structure and shapes of the batch as the loader gave it, for the stand-in that the other ranks' hooks get.
+    """
+
+    index: int
+    sizes: tuple[int, ...]
+    student: Inputs
+    teacher: Inputs
+    target: tuple[tree.Structure, Shapes]
+    batch: tuple[tree.Structure, Shapes]
+
+    @property
+    def microbatches(self) -> int:
+        return len(self.sizes)
+
+    def key(self, network: Network, microbatch: int) -> Hashable:
+        """Equal for microbatches whose activations have equal shapes on every stage."""
+        rows = sum(self.sizes)
+        views = getattr(self, network).views
+        trailing = tuple(
+            tuple((shape[1:] if shape and shape[0] == rows else shape, dtype) for shape, dtype in shapes)
+            for _, shapes in views
+        )
+        return network, self.sizes[microbatch], trailing, tuple(structure for structure, _ in views)
+
+    def stand_in(self) -> Any:
+        """A batch of the same nesting, shapes and types whose tensors have no memory (device ``meta``)."""
+        structure, shapes = self.batch
+        return tree.unflatten([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes], structure)
+
+
+@dataclass(frozen=True)
+class End:
+    """The header after the last batch of an epoch; `terminate` asks every rank to end the job (SIGTERM)."""
+
+    terminate: bool = False
+
+
+@dataclass
+class Batch:
+    """One batch on one rank. The tensors are there on the loading rank only, microbatch by microbatch, as views."""
+
+    info: BatchInfo
+    student: list[list[Any]] = field(default_factory=list)
+    teacher: list[list[Any]] = field(default_factory=list)
+    target: Any = None
+
+
+def make_batch(
+    index: int, batch: Any, student: Any, teacher: Any, target: Any, microbatches: int, fixed: bool
+) -> Batch:
+    """Cut what the input hooks returned into microbatches.
+
+    Args:
+        index: number of the batch since training began.
+        batch: what the loader gave.
+        student, teacher, target: what the hooks made of it.
+        microbatches: how many are wanted.
+        fixed: the user gave that number, so a smaller batch is an error; else there are as many as rows at most.
+
+    Raises:
+        ValueError: there is no tensor, views differ in their rows, or there are fewer rows than microbatches.
+    """
+    rows = _rows("student_input", student)
+    if _rows("teacher_input", teacher) != rows:
+        raise ValueError(
+            f"student_input(batch) has {rows} rows and teacher_input(batch) has {_rows('teacher_input', teacher)}: both "
+            "networks need the same samples in dimension 0, since they are cut into the same microbatches."
+        )
+    if rows < microbatches and fixed:
+        raise ValueError(
+            f"A batch of {rows} row(s) cannot be cut into microbatches={microbatches}. Give TSPipeStrategy fewer "
+            'microbatches or "auto", use larger batches, or pass drop_last=True to the DataLoader if this is the last, '
+            "short one."
+        )
+    count = min(rows, microbatches)
+    sizes = tuple(rows // count + (index < rows % count) for index in range(count))
+    leaves, structure = tree.flatten(batch)
+    target_leaves, target_structure = tree.flatten(target)
+    info = BatchInfo(
+        index,
+        sizes,
+        Inputs.of(student),
+        Inputs.of(teacher),
+        (target_structure, shapes_of(target_leaves)),
+        (structure, shapes_of(leaves)),
+    )
+    return Batch(info, _cut(student, sizes), _cut(teacher, sizes), target)
+
+
+def _cut(value: Any, sizes: tuple[int, ...]) -> list[list[Any]]:
+    views = value if isinstance(value, list) else [value]
+    return [list(parts) for parts in zip(*(tree.split(view, sizes) for view in views), strict=True)]
+
+
+def _rows(hook: str, value: Any) -> int:
+    views = value if isinstance(value, list) else [value]
+    found = {leaves[0].shape[0] if leaves and leaves[0].ndim else 0 for leaves, _ in map(tree.flatten, views)}
+    if not found or 0 in found:
+        raise ValueError(
+            f"{hook}(batch) has no tensor with rows in dimension 0 (it is a {type(value).__name__}). Override {hook} "
+            "so that it returns a tensor of shape (batch, ...), or a list of these, one per view."
+        )
+    if len(found) > 1:
+        raise ValueError(f"the views of {hook}(batch) have {sorted(found)} rows: all need the same samples")
+    return found.pop()

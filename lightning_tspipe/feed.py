@@ -1,0 +1,195 @@
+"""The loading rank and its followers: one iterates the loader a batch ahead, the others learn of it from headers."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lightning_tspipe._lightning import Fetcher, SignalLink
+from lightning_tspipe.comm import Comm
+from lightning_tspipe.data import Batch, BatchInfo, End
+
+
+class Feed(Fetcher):
+    """Gives Lightning its batches and the runtime the batch of the step and the one after it.
+
+    A loader without length is looked ahead two batches, so that the others know early which batch is the last.
+
+    Args:
+        inner: Lightning's own fetcher.
+        signals: where a SIGTERM is noted.
+    """
+
+    def __init__(self, inner: Any, signals: SignalLink) -> None:
+        super().__init__(inner)
+        self._signals = signals
+        self._queue: deque[Batch | End] = deque()
+        self.current: Batch | None = None
+        self.stand_in: Any = None
+
+    @property
+    def depth(self) -> int:
+        """How many batches are announced beyond the current one."""
+        return 1 if self.length is not None else 2
+
+    def begin(self) -> None:
+        """Forget what was looked ahead in the pass before."""
+        self.settle()
+        self._queue.clear()
+        self.current = None
+
+    def settle(self) -> None:
+        """Read every header that was sent."""
+
+    def advance(self) -> tuple[Any, bool]:
+        """Lightning's next batch: the real one on the loading rank, a stand-in without memory elsewhere."""
+        self._fill(1)
+        head = self._queue[0]
+        if isinstance(head, End):
+            self.current = None
+            if head.terminate:
+                self._signals.stop()
+            raise StopIteration
+        self._queue.popleft()
+        self.current = head
+        if self.length is None:
+            self._fill(1)
+        self.stand_in = self._raw(head)
+        return self.stand_in, bool(self._queue) and isinstance(self._queue[0], End)
+
+    def upcoming(self) -> Batch | None:
+        """The batch after the current one, None at the end of the pass; an end by SIGTERM is acted on here."""
+        self._fill(1)
+        head = self._queue[0]
+        if isinstance(head, End):
+            if head.terminate:
+                self._signals.act()
+            return None
+        return head
+
+    def _fill(self, count: int) -> None:
+        raise NotImplementedError
+
+    def _raw(self, batch: Batch) -> Any:
+        raise NotImplementedError
+
+
+class LeadingFeed(Feed):
+    """The loading rank's feed.
+
+    Args:
+        inner, signals: see `Feed`.
+        make: turns what the loader gave into (the prepared batch, its `Batch`).
+        announce: sends a header to the other ranks.
+        is_last_step: whether training ends with the current batch, so that no next one is fetched.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        signals: SignalLink,
+        make: Callable[[Any], tuple[Any, Batch]],
+        announce: Callable[[BatchInfo | End], None],
+        is_last_step: Callable[[], bool],
+    ) -> None:
+        super().__init__(inner, signals)
+        self._make, self._announce, self._is_last_step = make, announce, is_last_step
+        self._raws: dict[int, Any] = {}
+
+    def begin(self) -> None:
+        """Forget what was looked ahead in the pass before."""
+        super().begin()
+        self._raws.clear()
+
+    def advance(self) -> tuple[Any, bool]:
+        """Fetch and announce before the step begins, so that the others hear of it while this rank works."""
+        self._fill(self.depth + 1)
+        return super().advance()
+
+    def _fill(self, count: int) -> None:
+        while len(self._queue) < count and not (self._queue and isinstance(self._queue[-1], End)):
+            self._queue.append(self._fetch())
+
+    def _fetch(self) -> Batch | End:
+        entry: Batch | End = End()
+        if self._signals.received:
+            entry = End(terminate=True)
+        elif not (self._queue and self._is_last_step()):
+            try:
+                raw, entry = self._make(next(self._inner)[0])
+                self._raws[entry.info.index] = raw
+            except StopIteration:
+                entry = End()
+        self._announce(entry if isinstance(entry, End) else entry.info)
+        return entry
+
+    def _raw(self, batch: Batch) -> Any:
+        return self._raws.pop(batch.info.index)
+
+
+class FollowingFeed(Feed):
+    """The feed of every other rank.
+
+    Args:
+        inner, signals: see `Feed`.
+        comm: where the headers come from.
+    """
+
+    def __init__(self, inner: Any, signals: SignalLink, comm: Comm) -> None:
+        super().__init__(inner, signals)
+        self._line = comm.lines_in["header"]
+
+    def settle(self) -> None:
+        """Read what the loading rank has sent beyond what was needed here."""
+        if self.current is not None:
+            while len(self._queue) < self.depth and not (self._queue and isinstance(self._queue[-1], End)):
+                self._queue.append(self._pull())
+
+    def _fill(self, count: int) -> None:
+        while len(self._queue) < count:
+            self._queue.append(self._pull())
+
+    def _pull(self) -> Batch | End:
+        header: BatchInfo | End = self._line.take()
+        return header if isinstance(header, End) else Batch(header)
+
+    def _raw(self, batch: Batch) -> Any:
+        return batch.info.stand_in()
+
+
+class SilentLoader:
+    """Stands for the training loader on a rank that does not load: it has the length and attributes, but no batch."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+class SharedLoader(SilentLoader):
+    """An evaluation loader: rank 0 iterates it, and every rank gets the same batches."""
+
+    def __init__(self, loader: Any, comm: Comm) -> None:
+        super().__init__(loader)
+        self._comm = comm
+
+    def __iter__(self) -> Iterator[Any]:
+        source = iter(self._loader) if self._comm.rank == 0 else None
+        while True:
+            # a batch travels as a list of one, the end as an empty list
+            found = [] if source is None else list(itertools.islice(source, 1))
+            batch = self._comm.share(found, 0)
+            if not batch:
+                return
+            yield batch[0]

@@ -1,0 +1,109 @@
+"""What `loss` returned and logged, carried from the last rank to all others as one vector and its description."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value of the vector: an entry of the dict that `loss` returned, or one `self.log` call with its arguments."""
+
+    kind: str  # "output", "log" (a number or tensor), "metric" (a torchmetrics object, by attribute name)
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+    metric: str = ""
+    shape: tuple[int, ...] | None = ()  # None: the metric has no value of this batch
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def size(self) -> int:
+        """How many numbers of the vector belong to it."""
+        if self.shape is None:
+            return 0
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass
+class LossReport:
+    """Everything that one call of `loss` had to say; entry 0 is the loss itself."""
+
+    entries: list[Entry]
+    values: list[Tensor]
+
+    def vector(self, device: torch.device) -> Tensor:
+        """All values as one float64 vector of shape (sum of sizes,)."""
+        parts = [value.detach().reshape(-1).to(device, torch.float64) for value in self.values]
+        return torch.cat(parts)
+
+    @classmethod
+    def of_vector(cls, entries: list[Entry], vector: Tensor) -> LossReport:
+        """The inverse of `vector`."""
+        sizes = [entry.size for entry in entries if entry.shape is not None]
+        values = [
+            part.reshape(entry.shape or ()).to(entry.dtype)
+            for entry, part in zip((e for e in entries if e.shape is not None), vector.split(sizes), strict=True)
+        ]
+        return cls(entries, values)
+
+    def items(self) -> list[tuple[Entry, Tensor | None]]:
+        """Each entry with its value."""
+        values = iter(self.values)
+        return [(entry, None if entry.shape is None else next(values)) for entry in self.entries]
+
+
+class Recorder:
+    """Stands in for `LightningModule.log` while `loss` runs on the last rank.
+
+    Args:
+        metrics: attribute name of each torchmetrics object of the module, by identity.
+        cached: the value that a metric's last `forward` gave, or None.
+    """
+
+    def __init__(self, metrics: Mapping[int, str], cached: Any) -> None:
+        self._metrics, self._cached = metrics, cached
+        self.entries: list[Entry] = []
+        self.values: list[Tensor] = []
+
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """Record one call with the arguments of `LightningModule.log`; it is made on every rank after the step."""
+        positional = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist")
+        kept = tuple(sorted({**dict(zip(positional, args, strict=False)), **options}.items()))
+        if id(value) in self._metrics:
+            cache = self._cached(value)
+            shape = None if cache is None else tuple(cache.shape)
+            dtype = torch.float32 if cache is None else cache.dtype
+            self.entries.append(Entry("metric", name, kept, self._metrics[id(value)], shape, dtype))
+            if cache is not None:
+                self.values.append(cache)
+        else:
+            self.add("log", name, value, kept)
+
+    def add(self, kind: str, name: str, value: Any, options: tuple[tuple[str, Any], ...] = ()) -> None:
+        """Record one number or tensor."""
+        tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.get_default_dtype())
+        self.entries.append(Entry(kind, name, options, "", tuple(tensor.shape), tensor.dtype))
+        self.values.append(tensor)
+
+
+def mean_of(reports: Sequence[LossReport]) -> LossReport:
+    """The report of a batch from those of its microbatches: every value is their mean.
+
+    Raises:
+        ValueError: `loss` logged other things in one microbatch than in another.
+    """
+    if len(reports) == 1:
+        return reports[0]
+    names = [[(entry.kind, entry.name) for entry in report.entries] for report in reports]
+    if any(other != names[0] for other in names):
+        raise ValueError(
+            "`loss` logged different things for the microbatches of one batch. With loss_over='microbatch' log the same "
+            "names in every call."
+        )
+    columns = zip(*(report.values for report in reports), strict=True)
+    return LossReport(reports[0].entries, [torch.stack(column).to(torch.float64).mean(0) for column in columns])

@@ -1,0 +1,77 @@
+"""What the pipeline cannot do, each with the reason and the way out, said on every rank before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import LBFGS, Optimizer
+
+from lightning_tspipe.module import TeacherStudentModule
+
+_CALLBACKS = {
+    "StochasticWeightAveraging": "it swaps whole-model weights that no rank holds. Average the saved checkpoints instead",
+    "WeightAveraging": "it keeps an average of the whole model, which no rank holds. Average the saved checkpoints instead",
+    "EMAWeightAveraging": "it keeps an average of the whole model, which no rank holds. Use momentum=... for the teacher",
+    "BatchSizeFinder": "it runs trial fits that reload the whole model. Find the batch size with strategy='auto'",
+    "BackboneFinetuning": "it adds parameter groups while training. Give configure_optimizers all groups from the start",
+}
+
+
+def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, devices: int, stages: int | str) -> None:
+    """Raises MisconfigurationException for a module, Trainer flag or callback that does not work in a pipeline."""
+    for reason in _reasons(trainer, module, devices, stages):
+        raise MisconfigurationException(f"strategy='tspipe' cannot run this: {reason}.")
+
+
+def check_optimizers(optimizers: list[Optimizer]) -> None:
+    """Raises MisconfigurationException for optimizers that need the whole model at once."""
+    if len(optimizers) > 1:
+        raise MisconfigurationException(
+            "strategy='tspipe' cannot run several optimizers: the stages step once per batch. Return one optimizer with "
+            "several parameter groups."
+        )
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        raise MisconfigurationException(
+            "strategy='tspipe' cannot run LBFGS: it evaluates the closure several times per step. Use a first-order "
+            "optimizer such as AdamW."
+        )
+
+
+def _reasons(trainer: pl.Trainer, module: pl.LightningModule, devices: int, stages: int | str) -> Iterator[str]:
+    if not isinstance(module, TeacherStudentModule):
+        yield (f"{type(module).__name__} is not a TeacherStudentModule. Subclass lightning_tspipe.TeacherStudentModule, "
+               "assign self.teacher and self.student, and write loss")  # fmt: skip
+        return
+    if stages != "auto" and stages != devices:
+        if isinstance(stages, int) and stages > devices:
+            yield f"stages={stages} is more than the {devices} device(s). Use devices={stages}, or fewer stages"
+        yield f"stages={stages!r} with {devices} devices needs data-parallel replicas. Use stages='auto'"
+    if not module.automatic_optimization:
+        yield "manual optimization: the stages' backwards are placed by the schedule. Use automatic optimization"
+    for hook in ("backward", "optimizer_zero_grad"):
+        if is_overridden(hook, module):
+            yield f"{type(module).__name__} overrides {hook}, which the schedule calls piece by piece. Remove the override"
+    if type(module).training_step is not TeacherStudentModule.training_step:
+        yield (f"{type(module).__name__} overrides training_step, which no rank of a pipeline can run as a whole. Write "
+               "loss, and the hooks student_input, teacher_input and target")  # fmt: skip
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind in type(callback).__mro__:
+            if kind.__name__ in _CALLBACKS:
+                yield f"the callback {kind.__name__}: {_CALLBACKS[kind.__name__]}"
+    device = trainer.strategy.root_device
+    if device.type not in ("cpu", "cuda"):
+        yield f"the accelerator {device.type!r} has no point-to-point messages here. Use accelerator='cpu' or 'gpu'"
+    plugin = type(trainer.precision_plugin).__name__
+    if plugin in ("TransformerEnginePrecision", "BitsandbytesPrecision"):
+        yield f"{plugin} replaces layers by ones that need all ranks together. Use precision='bf16-mixed' or '32-true'"
+    if trainer.precision == "16-mixed":
+        yield "precision='16-mixed' needs one loss scale for all stages, which is not there yet. Use 'bf16-mixed'"
+    if trainer.gradient_clip_val and (trainer.gradient_clip_algorithm or "norm") != "value":
+        yield ("gradient_clip_val by norm needs the norm over all stages, which is not there yet. Use "
+               "gradient_clip_algorithm='value'")  # fmt: skip
+    if any(isinstance(child, torch.nn.SyncBatchNorm) for child in module.modules()):
+        yield "SyncBatchNorm: batch norm statistics are per microbatch and deferred. Use BatchNorm"

@@ -1,0 +1,389 @@
+"""One loop over the actions of a step, and one dispatch table."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_tspipe import tree
+from lightning_tspipe.comm import Comm
+from lightning_tspipe.data import Batch, Shapes, shapes_of
+from lightning_tspipe.logrelay import Entry, LossReport, mean_of
+from lightning_tspipe.plan import Planner
+from lightning_tspipe.schedule import Action, Op, Schedule, lower, step_order
+from lightning_tspipe.stage import Network, Stage, differentiable
+from lightning_tspipe.teacher import MomentumTeacher
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Batch, int], None]
+
+
+class StepHooks(Protocol):
+    """What the runtime needs from outside while a step runs."""
+
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> tuple[Tensor, LossReport]:
+        """The user's loss and what it logged; called on the last rank only."""
+
+    def before_backward(self, loss: Tensor) -> Tensor:
+        """Called on every rank before its first backward; returns what is differentiated on the last rank."""
+
+    def after_backward(self, loss: Tensor) -> None:
+        """Called on every rank after its last backward."""
+
+    def terminating(self) -> bool:
+        """Whether this rank was asked to end the job."""
+
+    def terminate(self) -> None:
+        """A rank behind this one was asked to end the job."""
+
+
+class Runtime:
+    """Runs the steps of one rank.
+
+    Args:
+        stage: this rank's layers.
+        comm: this rank's connections; None for a pipeline of one stage.
+        planner: makes the schedule for a number of microbatches.
+        teacher: the momentum update of this rank; None for a frozen teacher.
+        loss_over: "batch" or "microbatch".
+        rank: which stage this is.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        comm: Comm | None,
+        planner: Planner,
+        teacher: MomentumTeacher | None,
+        loss_over: Literal["batch", "microbatch"],
+        rank: int,
+        stages: int,
+    ) -> None:
+        self._stage, self._comm, self._planner, self._teacher = stage, comm, planner, teacher
+        self._loss_over, self._rank, self._stages = loss_over, rank, stages
+        self._last = rank == stages - 1
+        self._done: Counter[int] = Counter()  # batch -> teacher forwards already made
+        self._versions: dict[int, int] = {}
+        self._completed = 0
+        self._teacher_out: dict[int, list[list[Any]]] = {}
+        self._student_out: list[list[Any]] = []
+        self._gradients: dict[int, list[Tensor | None]] = {}
+        self._out: Any = None
+        self._reports: list[LossReport] = []
+        self._backwards = 0
+        self._report: LossReport | None = None
+        self._expected: dict[int, Shapes] = {}  # gradients of each microbatch
+        self._early: set[int] = set()
+        self._next: Batch | None = None
+        self._pending: Batch | None = None  # its teacher work has begun somewhere in the pipeline
+        self._programs: dict[tuple[int, int], tuple[Op, ...]] = {}
+        self.busy: Counter[str] = Counter()
+        self._table: dict[tuple[str, str], Handler] = {
+            ("recv", "T"): lambda batch, q: self._post("T", batch, q),
+            ("recv", "F"): lambda batch, q: self._post("F", batch, q),
+            ("recv", "B"): lambda batch, q: self._post("B", batch, q),
+            ("run", "T"): self._teacher_forward,
+            ("run", "F"): self._student_forward,
+            ("run", "B"): self._backward,
+            ("send", "T"): lambda batch, q: self._send("T", batch, q),
+            ("send", "F"): lambda batch, q: self._send("F", batch, q),
+            ("send", "B"): lambda batch, q: self._send("B", batch, q),
+        }
+
+    @property
+    def microbatches(self) -> int:
+        """How many microbatches the planner wants."""
+        return self._planner.microbatches
+
+    def schedule(self, microbatches: int) -> Schedule:
+        """The schedule that steps of that many microbatches follow."""
+        return self._planner.schedule(microbatches)
+
+    def run_step(
+        self,
+        batch: Batch,
+        upcoming: Callable[[], Batch | None],
+        hooks: StepHooks,
+        *,
+        version: int,
+        next_version: int,
+        completed: int,
+        lookahead: bool,
+        updates: bool,
+    ) -> LossReport:
+        """Train on one batch and do what the schedule places here of the next batch's teacher work.
+
+        Args:
+            batch: the batch; the first rank's has the inputs.
+            upcoming: gives the next batch, or None at the end; called when it is first needed.
+            hooks: calls to the outside.
+            version, next_version: the teacher's version for this batch and for the next.
+            completed: optimizer steps made so far.
+            lookahead: whether the next batch's teacher version exists already.
+            updates: whether an optimizer step follows this batch.
+
+        Returns:
+            The loss and what it logged, the same on every rank.
+        """
+        self._hooks, self._next = hooks, None
+        self._versions[batch.info.index], self._completed = version, completed
+        self._reports, self._report, self._backwards, self._pending = [], None, 0, None
+        self._expected.clear()
+        self._early.clear()
+        self._begin(batch)
+        asked = False
+        for op in self._program(batch.info.microbatches, self._done.pop(batch.info.index, 0)):
+            action = op.action
+            target: Batch | None = batch
+            if action.ahead:
+                if not lookahead:
+                    continue
+                if not asked:
+                    self._next, asked = upcoming(), True
+                    if self._next is not None:
+                        self._versions[self._next.info.index] = next_version
+                target = self._next
+                if target is None or action.microbatch >= target.info.microbatches:
+                    continue
+            try:
+                self._table[op.verb, action.kind](target, action.microbatch)
+            except Exception:
+                self._show(batch.info.microbatches, action)
+                raise
+        if self._teacher is not None and updates:
+            self._teacher.advance(completed, completed)  # the optimizer is about to replace this student
+        self._finish(batch)
+        if not asked:
+            self._next = upcoming()
+        if lookahead and self._next is not None and any(self.schedule(batch.info.microbatches).ahead):
+            self._pending = self._next
+            self._versions[self._next.info.index] = next_version
+        assert self._report is not None
+        return self._report
+
+    def finish_ahead(self) -> None:
+        """Do the rest of a looked-ahead batch's teacher work and forget it: no message stays under way."""
+        batch, self._pending = self._pending, None
+        if batch is None:
+            return
+        index = batch.info.index
+        rest = [Action("T", q) for q in range(self._done.pop(index, 0), batch.info.microbatches)]
+        for op in lower(rest, self._rank, self._stages):
+            self._table[op.verb, op.action.kind](batch, op.action.microbatch)
+        self._teacher_out.pop(index, None)
+        self._versions.pop(index, None)
+        self._stage.norms["teacher"].discard(index)
+        self._done.clear()
+
+    def _begin(self, batch: Batch) -> None:
+        self._student_out = []
+        if self._comm is None:
+            return
+        channels = self._comm
+        if not self._last:
+            channels.lines_in["relay"].post()
+        structure, shapes = batch.info.target
+        key = (structure, shapes)
+        if self._rank == 0 and shapes:
+            channels.outward["Y"].know(key, structure, shapes)
+            channels.outward["Y"].send(key, batch.target)
+        if self._last and shapes:
+            channels.inward["Y"].know(key, structure, shapes)
+            channels.inward["Y"].post(key)
+
+    def _finish(self, batch: Batch) -> None:
+        self._stage.norms["student"].commit(batch.info.index)
+        self._stage.norms["teacher"].commit(batch.info.index)
+        self._versions.pop(batch.info.index)
+        self._student_out = []
+        if self._comm is not None:
+            if (channel := self._comm.outward.get("F")) is not None:
+                channel.retire(batch.info.microbatches)
+            self._comm.end_step()
+
+    def _program(self, microbatches: int, done: int) -> tuple[Op, ...]:
+        if (microbatches, done) not in self._programs:
+            row = self.schedule(microbatches).ranks[self._rank]
+            self._programs[microbatches, done] = lower(step_order(row, done), self._rank, self._stages)
+        return self._programs[microbatches, done]
+
+    def _show(self, microbatches: int, action: Action) -> None:
+        schedule = self.schedule(microbatches)
+        row = schedule.ranks[self._rank]
+        position = row.index(action) if action in row else 0
+        where = f"rank {self._rank} (stage {self._rank}) failed at {action}"
+        log.error("%s of this schedule:\n%s", where, schedule.grid(self._rank, position))
+
+    # --- messages
+
+    def _post(self, kind: str, batch: Batch, q: int) -> None:
+        assert self._comm is not None
+        if kind == "B":
+            if q in self._expected:
+                self._comm.inward["B"].post(self._expected[q])
+            else:
+                self._early.add(q)  # its shapes are known when F has run
+            return
+        network: Network = "teacher" if kind == "T" else "student"
+        self._comm.inward[kind].post(batch.info.key(network, q))
+
+    def _send(self, kind: str, batch: Batch, q: int) -> None:
+        assert self._comm is not None
+        value, self._out = self._out, None
+        if kind == "B":
+            channel, shapes = self._comm.outward["B"], shapes_of(value)
+            channel.know(shapes, tree.flatten(value)[1], shapes)
+            channel.send(shapes, value)
+        else:
+            network: Network = "teacher" if kind == "T" else "student"
+            self._comm.outward[kind].send(batch.info.key(network, q), value)
+
+    # --- work
+
+    def _teacher_forward(self, batch: Batch, q: int) -> None:
+        views = batch.teacher[q] if self._rank == 0 else self._take("T")
+        start = time.perf_counter()
+        index = batch.info.index
+        if self._teacher is not None and index in self._versions:
+            self._teacher.advance(self._versions[index], self._completed)
+        outputs = self._stage.teacher_forward((index, q), views)
+        self._done[index] += 1
+        if self._last:
+            self._teacher_out.setdefault(index, []).append(outputs)
+        else:
+            self._out = outputs
+        self.busy["T"] += time.perf_counter() - start
+
+    def _student_forward(self, batch: Batch, q: int) -> None:
+        views = batch.student[q] if self._rank == 0 else self._take("F")
+        start = time.perf_counter()
+        outputs = self._stage.student_forward((batch.info.index, q), views)
+        if self._last:
+            self._student_out.append(outputs)
+        else:
+            self._out = outputs
+            assert self._comm is not None
+            leaves = differentiable(tree.flatten(outputs)[0])
+            shapes = self._expected[q] = shapes_of(leaves)
+            self._comm.inward["B"].know(shapes, tree.flatten(leaves)[1], shapes)
+            if q in self._early:
+                self._comm.inward["B"].post(shapes)
+        self.busy["F"] += time.perf_counter() - start
+
+    def _backward(self, batch: Batch, q: int) -> None:
+        work = (batch.info.index, q)
+        if self._last:
+            start = time.perf_counter()
+            self._differentiate_loss(batch, q)
+            gradients = self._gradients.pop(q)
+        else:
+            self._relay(batch, q)
+            gradients = self._take("B")
+            start = time.perf_counter()
+        self._out = self._stage.backward(work, gradients)
+        self.busy["B"] += time.perf_counter() - start
+        self._backwards += 1
+        if self._backwards == batch.info.microbatches:
+            assert self._report is not None
+            self._hooks.after_backward(self._report.values[0])
+
+    def _take(self, kind: str) -> Any:
+        assert self._comm is not None
+        return self._comm.inward[kind].take()
+
+    # --- the loss, on the last rank, and its way up
+
+    def _reports_complete(self, batch: Batch) -> bool:
+        return len(self._reports) == (1 if self._loss_over == "batch" else batch.info.microbatches)
+
+    def _differentiate_loss(self, batch: Batch, q: int) -> None:
+        """Run `loss` on what it covers and leave its gradients with respect to the outputs for the backwards."""
+        if q in self._gradients:
+            return
+        index, sizes = batch.info.index, batch.info.sizes
+        target = batch.target
+        if self._comm is not None and not self._reports and batch.info.target[1]:
+            target = batch.target = self._take("Y")
+        elif self._comm is not None and not batch.info.target[1]:
+            target = tree.unflatten([], batch.info.target[0])
+        whole = self._loss_over == "batch"
+        covered = range(len(sizes)) if whole else range(q, q + 1)
+        if not whole:
+            target = tree.split(target, sizes)[q]
+        student = [tree.merge([self._student_out[p][v] for p in covered]) for v in range(len(self._student_out[q]))]
+        outputs = self._teacher_out[index]
+        teacher = [tree.merge([outputs[p][v] for p in covered]) for v in range(len(outputs[q]))]
+        leaves, structure = tree.flatten(student)
+        leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
+        student = tree.unflatten(leaves, structure)
+        first = not self._reports
+        loss, report = self._hooks.loss(
+            student if batch.info.student.is_list else student[0],
+            teacher if batch.info.teacher.is_list else teacher[0],
+            target,
+        )
+        self._reports.append(report)
+        if whole:
+            self._teacher_out.pop(index)
+        if self._reports_complete(batch):
+            self._teacher_out.pop(index, None)
+            self._publish()
+        scaled = self._hooks.before_backward(loss) if first else loss
+        if not whole:
+            scaled = scaled / len(sizes)
+        scaled.backward()
+        floats = differentiable(leaves)
+        if all(leaf.grad is None for leaf in floats):
+            raise ValueError(
+                "The loss does not depend on the student: no gradient reached its outputs. Compute it from "
+                "`student_out`, and do not detach it."
+            )
+        parts = [[None] * len(covered) if leaf.grad is None else leaf.grad.split([sizes[p] for p in covered])
+                 if len(covered) > 1 else [leaf.grad] for leaf in floats]  # fmt: skip
+        for place, p in enumerate(covered):
+            self._gradients[p] = [part[place] for part in parts]
+
+    def _publish(self) -> None:
+        """Send loss and logged values upstream, ahead of the gradients."""
+        self._report = mean_of(self._reports)
+        if self._comm is not None:
+            self._pass_on(self._report, self._report.vector(self._comm.device), self._hooks.terminating())
+
+    def _relay(self, batch: Batch, q: int) -> None:
+        """Take loss and logged values from below, and pass them on: before the first backward (loss over the batch)
+        or before the last one (per microbatch, when they are complete).
+        """
+        assert self._comm is not None
+        due = 0 if self._loss_over == "batch" else batch.info.microbatches - 1
+        if self._backwards == 0 and due != 0:
+            self._hooks.before_backward(torch.zeros((), device=self._comm.device))
+        if self._backwards != due:
+            return
+        entries, terminate = self._comm.lines_in["relay"].take()
+        size = sum(entry.size for entry in entries)
+        self._comm.inward["L"].know(size, tree.flatten([torch.empty(0)])[1], (((size,), torch.float64),))
+        self._comm.inward["L"].post(size)
+        (vector,) = self._take("L")
+        self._report = LossReport.of_vector(entries, vector)
+        if terminate:
+            self._hooks.terminate()
+        if self._rank:
+            self._pass_on(self._report, vector, terminate or self._hooks.terminating())
+        if due == 0:
+            self._hooks.before_backward(self._report.values[0])
+
+    def _pass_on(self, report: LossReport, vector: Tensor, terminate: bool) -> None:
+        assert self._comm is not None
+        entries: list[Entry] = report.entries
+        self._comm.lines_out["relay"].send((entries, terminate))
+        size = sum(entry.size for entry in entries)
+        channel = self._comm.outward["L"]
+        channel.know(size, tree.flatten([vector])[1], (((size,), torch.float64),))
+        channel.send(size, [vector])

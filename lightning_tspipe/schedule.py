@@ -1,0 +1,403 @@
+"""Schedules as data: actions, orders, the communication derived from them, validation and the text form.
+
+Rank ``k`` owns stage ``k`` of student and teacher. Per batch and microbatch it runs ``T`` (teacher forward), ``F``
+(student forward) and ``B`` (full backward), or ``I`` (backward for inputs) and ``W`` (backward for weights). A schedule
+holds ONE steady step per rank. Its primed actions work for the next batch, so they fill the holes of this one::
+
+    stages=2 microbatches=3 loss_over=batch
+    rank 0: F0 F1 F2 T0' T1' T2' B0 B1 B2        the hole before B0 is filled with the next batch's teacher
+    rank 1: T0 T1 T2 F0 F1 F2 B0 B1 B2           the hole before F0 is filled with what was not done ahead
+
+Method: Lim et al., "TSPipe", ICML 2022, PMLR 162:13302-13312, https://proceedings.mlr.press/v162/lim22a.html.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, cast, get_args
+
+Kind = Literal["T", "F", "B", "I", "W"]
+LossOver = Literal["batch", "microbatch"]
+
+ORDERS, LOSSES = ("auto", "afab"), get_args(LossOver)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Action:
+    """One piece of work of one rank; ``ahead`` (printed as a prime) says that it belongs to the next batch."""
+
+    kind: Kind
+    microbatch: int
+    ahead: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.microbatch}{chr(39) if self.ahead else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """Read ``"T3'"``; raises ValueError for anything that `str` does not print."""
+        if not (match := re.fullmatch(r"([TFBIW])(0|[1-9][0-9]*)('?)", text)):
+            raise ValueError(f"{text!r} is not an action: write one of T F B I W and a microbatch, such as F0 or T3'")
+        return cls(cast(Kind, match[1]), int(match[2]), bool(match[3]))
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """What the runtime's loop dispatches on: post a receive, run an action, start a send."""
+
+    verb: Literal["recv", "run", "send"]
+    action: Action
+
+    def __str__(self) -> str:
+        return str(self.action) if self.verb == "run" else f"{self.verb} {self.action}"
+
+    @classmethod
+    def parse(cls, text: str) -> Op:
+        """Read ``"recv F3"``, ``"F3"`` or ``"send F3"``."""
+        for verb in ("recv", "send"):
+            if text.startswith(f"{verb} "):
+                return cls(verb, Action.parse(text[5:]))
+        return cls("run", Action.parse(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds per microbatch, one entry per stage; `b` + `w` is a full backward (leave `w` out if not split).
+
+    Args:
+        t, f, b, w: teacher forward, student forward, backward for inputs, backward for weights.
+        message: latency of one message between neighbours, seconds.
+        optimizer: one optimizer step of a rank, seconds.
+    """
+
+    t: tuple[float, ...]
+    f: tuple[float, ...]
+    b: tuple[float, ...]
+    w: tuple[float, ...] = ()
+    message: float = 0.0
+    optimizer: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.w:
+            object.__setattr__(self, "w", (0.0,) * len(self.b))
+        lengths = {name: len(getattr(self, name)) for name in "tfbw"}
+        _require(len(set(lengths.values())) == 1 and bool(self.t), f"costs need one entry per stage, not {lengths}")
+        for name, value in asdict(self).items():
+            fine = all(0 <= seconds < math.inf for seconds in (value if isinstance(value, tuple) else (value,)))
+            _require(fine, f"costs.{name} is {value}: give finite seconds that are not negative")
+
+    @classmethod
+    def uniform(cls, stages: int, t: float = 1, f: float = 1, b: float = 1, w: float = 1, message: float = 0) -> Costs:
+        """The same costs on every one of `stages` stages."""
+        _require(stages >= 1, f"stages is {stages}: give at least 1")
+        return cls((t,) * stages, (f,) * stages, (b,) * stages, (w,) * stages, message)
+
+    def seconds(self, kind: Kind, stage: int) -> float:
+        """What one action takes on a stage."""
+        b, w = self.b[stage], self.w[stage]
+        return {"T": self.t[stage], "F": self.f[stage], "B": b + w, "I": b, "W": w}[kind]
+
+    def work(self, stage: int, microbatches: int) -> float:
+        """Seconds that a rank is busy per step; no schedule has a step shorter than the largest of them."""
+        return microbatches * (self.t[stage] + self.f[stage] + self.b[stage] + self.w[stage]) + self.optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One steady step of every rank, the same for each step (`step_order` adapts it to what is already done)."""
+
+    stages: int
+    microbatches: int
+    loss_over: LossOver
+    ranks: tuple[tuple[Action, ...], ...]
+
+    @property
+    def ahead(self) -> tuple[int, ...]:
+        """For each rank how many teacher forwards of the next batch it makes in a step (s_k)."""
+        return tuple(sum(action.ahead for action in row) for row in self.ranks)
+
+    def __str__(self) -> str:
+        rows = (f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.ranks))
+        header = f"stages={self.stages} microbatches={self.microbatches} loss_over={self.loss_over}"
+        return "\n".join((header, *rows))
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """Read what `str` prints; raises ValueError with the line that cannot be read. Does not validate."""
+        header, *lines = text.strip().splitlines() or [""]
+        pattern = r"stages=(\d+) microbatches=(\d+) loss_over=(batch|microbatch)"
+        if not (match := re.fullmatch(pattern, header.strip())):
+            raise ValueError(f"first line {header!r}: write stages=2 microbatches=3 loss_over=batch (or microbatch)")
+        for rank, line in enumerate(lines):
+            _require(line.strip().startswith(f"rank {rank}:"), f"line {line!r}: expected 'rank {rank}: ...'")
+        rows = (tuple(map(Action.parse, line.split(":", 1)[1].split())) for line in lines)
+        return cls(int(match[1]), int(match[2]), cast(LossOver, match[3]), tuple(rows))
+
+    def grid(self, rank: int | None = None, position: int | None = None) -> str:
+        """The rows in aligned columns, with ``>cell<`` at one position; one past the end marks what is missing."""
+        cells = [list(map(str, row)) for row in self.ranks]
+        if rank is not None and position is not None:
+            cells[rank][position : position + 1] = [f">{(*cells[rank], '?')[position]}<"]
+        wide = max((len(cell) for row in cells for cell in row), default=1)
+        rows = (" ".join(cell.ljust(wide) for cell in row) for row in cells)
+        return "\n".join(f"rank {rank}: {row}".rstrip() for rank, row in enumerate(rows))
+
+
+class ScheduleError(ValueError):
+    """A schedule breaks a rule; the text names rank, cell and reason and shows the grid with the cell marked."""
+
+    def __init__(self, schedule: Schedule, rank: int, position: int, reason: str) -> None:
+        cell = (*schedule.ranks[rank], "end of row")[position]
+        super().__init__(f"rank {rank}, cell {position} ({cell}): {reason}\n{schedule.grid(rank, position)}")
+        self.rank, self.position, self.reason = rank, position, reason
+
+
+def peers(kind: Kind, stage: int, stages: int) -> tuple[int | None, int | None]:
+    """The ranks an action's input comes from and its result goes to: T and F flow down, B and I up, W stays."""
+    step = 1 if kind in "TF" else -1 if kind in "BI" else stages
+    before, after = stage - step, stage + step
+    return (before if 0 <= before < stages else None, after if 0 <= after < stages else None)
+
+
+def step_order(actions: Sequence[Action], done: int) -> tuple[Action, ...]:
+    """What a rank runs in a step for whose batch it has already made `done` teacher forwards.
+
+    Missing ones come first, in ascending order, and those already done are skipped; with ``done`` = s_k this is the
+    steady row itself. The caller skips ``Tq'`` when there is no next batch or it has at most q microbatches::
+
+        T1 F0 F1 T0' B0 B1     done=0: T0 T1 F0 F1 T0' B0 B1     done=1: the same     done=2: F0 F1 T0' B0 B1
+
+    Args:
+        actions: one rank's row of a schedule.
+        done: teacher forwards of this batch made earlier, at least 0.
+    """
+    _require(done >= 0, f"done is {done}: give the number of teacher forwards already made, at least 0")
+    missing = (Action("T", q) for q in range(done, sum(action.ahead for action in actions)))
+    rest = (a for a in actions if a.kind != "T" or a.ahead or a.microbatch >= done)
+    return (*missing, *rest)
+
+
+def lower(actions: Sequence[Action], stage: int, stages: int, *, post_ahead: int = 2) -> tuple[Op, ...]:
+    """Derive the communication of one rank's step: receives posted early, each send right after its run.
+
+    With ``post_ahead=1`` on the middle one of three ranks, ``F0 F1 B0 B1`` becomes::
+
+        recv F0 | recv F1 F0 send F0 | recv B0 F1 send F1 | recv B1 B0 send B0 | B1 send B1
+
+    Args:
+        actions: what the rank runs, in order (from `step_order`).
+        stage: the rank's stage.
+        stages: number of stages.
+        post_ahead: how many runs before its use a receive is posted; receives keep the order of their uses.
+    """
+    _require(0 <= stage < stages, f"stage is {stage} of {stages}: give 0 to {stages - 1}")
+    _require(post_ahead >= 0, f"post_ahead is {post_ahead}: give 0 (post right before the use) or more")
+    ops: list[Op] = []
+    for index, action in enumerate(actions):
+        window = actions[index + post_ahead if index else 0 : index + post_ahead + 1]
+        ops += [Op("recv", coming) for coming in window if peers(coming.kind, stage, stages)[0] is not None]
+        ops.append(Op("run", action))
+        if peers(action.kind, stage, stages)[1] is not None:
+            ops.append(Op("send", action))
+    return tuple(ops)
+
+
+def validate(schedule: Schedule, *, max_in_flight: Sequence[int] | None = None) -> None:
+    """Check every rule that can be seen without running the schedule (`simulate.replay` runs it).
+
+    Args:
+        schedule: what to check.
+        max_in_flight: per rank, the most student microbatches whose forward is done and whose B (or I) is not.
+
+    Raises:
+        ScheduleError: names the rank, the cell and the reason, and shows the grid with the cell marked.
+        ValueError: a scalar of the schedule or the length of `max_in_flight` is wrong.
+    """
+    _require_scalars(schedule.stages, schedule.microbatches, schedule.loss_over)
+    for name, rows in (("ranks", schedule.ranks), ("max_in_flight", max_in_flight)):
+        fits = rows is None or len(rows) == schedule.stages
+        _require(fits, f"{name} has {len(rows or ())} entries for {schedule.stages} stages: give one per stage")
+    limits = (schedule.microbatches,) * schedule.stages if max_in_flight is None else max_in_flight
+    in_rows = (_row_faults(schedule, rank, limit) for rank, limit in enumerate(limits))
+    between = (_edge_faults(schedule, rank) for rank in range(1, schedule.stages))
+    for rank, position, reason in itertools.chain.from_iterable(itertools.chain(in_rows, between)):
+        raise ScheduleError(schedule, rank, position, reason)
+
+
+def _row_faults(schedule: Schedule, rank: int, limit: int) -> Iterator[tuple[int, int, str]]:
+    """Rank, position and reason of each broken rule within a row."""
+    row, count, ahead = schedule.ranks[rank], schedule.microbatches, schedule.ahead[rank]
+    gate = schedule.loss_over if rank == schedule.stages - 1 else None
+    seen: set[Action] = set()
+    forwards, backwards, next_own, next_ahead = 0, 0, ahead, 0
+    for position, action in enumerate(row):
+        kind, q = action.kind, action.microbatch
+        teacher, back, due = kind == "T", kind in "BI", next_ahead if action.ahead else next_own
+        forwards, backwards = forwards + (kind == "F"), backwards + back
+        rules = (
+            (not 0 <= q < count, f"the microbatches are 0 to {count - 1}"),
+            (action in seen, f"{action} comes twice"),
+            (action.ahead and not teacher, "only a teacher forward may work for the next batch"),
+            (teacher and not action.ahead and next_ahead > 0, "the teacher forwards of this batch come first"),
+            (
+                teacher and q != due,
+                f"expected {Action(kind, due, action.ahead)}: a batch starts at T0', goes on at T{ahead}",
+            ),
+            (back and Action("F", q) not in seen, f"F{q} has not run yet"),
+            (back and bool({Action("B", q), Action("I", q)} & seen), f"microbatch {q} had its backward already"),
+            (kind == "W" and Action("I", q) not in seen, f"I{q} has not run yet"),
+            (back and gate == "batch" and min(forwards, next_own) < count, "the loss needs every F and T of the batch"),
+            (back and gate == "microbatch" and next_own <= q, f"the loss of microbatch {q} needs T{q}"),
+            (forwards - backwards > limit, f"{forwards - backwards} student microbatches in flight, bound {limit}"),
+        )
+        yield from ((rank, position, reason) for broken, reason in rules if broken)
+        seen.add(action)
+        next_own, next_ahead = next_own + (teacher and not action.ahead), next_ahead + action.ahead
+    missing = [Action("F", q) for q in range(count) if Action("F", q) not in seen]
+    missing += [Action("T", q) for q in range(next_own, count)]
+    missing += [Action("B", q) for q in range(count) if not {Action("B", q), Action("I", q)} & seen]
+    missing += [Action("W", a.microbatch) for a in row if a.kind == "I" and Action("W", a.microbatch) not in seen]
+    if missing:
+        yield rank, len(row), f"{' '.join(map(str, missing))} missing"
+
+
+def _edge_faults(schedule: Schedule, rank: int) -> Iterator[tuple[int, int, str]]:
+    """Receiver, position and reason where a rank and the one above disagree on the order of their messages."""
+    above = schedule.ahead[rank - 1]
+    if schedule.ahead[rank] > above:
+        position = schedule.ranks[rank].index(Action("T", above, True))
+        yield rank, position, f"rank {rank - 1} makes only {above} ahead, so this input comes a step later"
+    for kinds, sender, receiver in (("F", rank - 1, rank), ("BI", rank, rank - 1)):
+        sent = [a.microbatch for a in schedule.ranks[sender] if a.kind in kinds]
+        uses = [(i, a.microbatch) for i, a in enumerate(schedule.ranks[receiver]) if a.kind in kinds]
+        for q, (position, used) in zip(sent, uses, strict=True):
+            if q != used:
+                yield receiver, position, f"rank {sender} sends microbatch {q} here: both ends need one order"
+
+
+def minimal_microbatches(stages: int, costs: Costs, *, lookahead: bool = True) -> int:
+    """The smallest M whose teacher work can fill the bubble of a student pipeline with full backward.
+
+    Necessary for a delayed or frozen teacher: ``M t >= (P-1)(f + b + w + 2 message)`` with each cost the largest over
+    the stages; at least `stages`, and 1 for one stage. Without lookahead, or with a teacher that costs nothing, no M
+    suffices: 2 P is a compromise there (for unit costs the bubble is then less than a third of the step).
+    """
+    _require_scalars(stages, 1, "batch", costs)
+    if stages == 1 or not lookahead or not max(costs.t):
+        return 2 * stages if stages > 1 else 1
+    hole = max(costs.f) + max(costs.seconds("B", k) for k in range(stages)) + 2 * costs.message
+    return max(stages, math.ceil((stages - 1) * hole / max(costs.t) - 1e-9))
+
+
+def make_schedule(
+    stages: int,
+    microbatches: int,
+    costs: Costs | None = None,
+    *,
+    lookahead: bool = True,
+    loss_over: LossOver = "batch",
+    order: str = "auto",
+) -> Schedule:
+    """All forwards, then all backwards; the teacher fills the two holes of each rank.
+
+    Of a batch's teacher forwards rank k makes ``s_k`` a step ahead, in the hole before B0, the others in the hole
+    before F0. A search picks the ``s_k``: it minimises the step time as given plus that with messages slower by 2 %
+    of an action (so that ranks do not wait for each other's every jitter), never exceeds the step time of the plain
+    order (all s_k = 0), and among equals makes the fewest ahead, which needs the least memory. ValueError if an
+    argument is out of range.
+
+    Args:
+        stages: P, at least 1.
+        microbatches: M, view-microbatches per batch, at least 1.
+        costs: seconds per action; None means t = f = b = w.
+        lookahead: False keeps the teacher within its own step (delay 0 of a momentum teacher).
+        loss_over: "batch" if the loss needs all outputs of the batch at once, else "microbatch".
+        order: "afab", or "auto", which for now picks it.
+    """
+    _require(order in ORDERS, f"order is {order!r}: choose from {', '.join(ORDERS)}")
+    _require_scalars(stages, microbatches, loss_over, costs)
+    costs = costs or Costs.uniform(stages)
+    ahead = _search_ahead(microbatches, costs) if lookahead else (0,) * stages
+    own, forward, backward = (
+        [Action(kind, q) for q in range(microbatches)] for kind in get_args(Literal["T", "F", "B"])
+    )
+    rows = tuple((*own[s:], *forward, *(replace(a, ahead=True) for a in own[:s]), *backward) for s in ahead)
+    schedule = Schedule(stages, microbatches, loss_over, rows)
+    validate(schedule)
+    return schedule
+
+
+def _search_ahead(microbatches: int, costs: Costs, budget: int = 150) -> tuple[int, ...]:
+    """The s_k: descent, within `budget` evaluations, from the best of a few splits in proportion to the holes."""
+    stages = len(costs.t)
+    jitter = 0.02 * sum(map(sum, (costs.t, costs.f, costs.b, costs.w))) / (4 * stages)
+    slower = replace(costs, message=costs.message + jitter)
+    plain = _afab_period(microbatches, costs, (0,) * stages)
+    floor = 2 * max(costs.work(k, microbatches) for k in range(stages))
+
+    @functools.cache
+    def score(ahead: tuple[int, ...]) -> tuple[bool, float, int]:
+        period = _afab_period(microbatches, costs, ahead)
+        both = period + _afab_period(microbatches, slower, ahead)
+        return period > plain, float(f"{both:.9g}"), sum(ahead)
+
+    def legal(ahead: Sequence[float]) -> tuple[int, ...]:
+        # at most M, not growing downstream (a rank cannot take what the one above has not made), 0 on the last
+        return (*(max(0, int(min(microbatches, *ahead[: k + 1]))) for k in range(stages - 1)), 0)
+
+    trips = [costs.f[k] + costs.seconds("B", k) + 2 * costs.message for k in range(stages)]
+    room = [min(sum(trips[k + 1 :]) / costs.t[k], 1e9) if costs.t[k] else 1e9 for k in range(stages)]
+    widest = max(1.0, microbatches / (room[0] or 1.0))
+    starts = itertools.product((1.0, (1 + widest) / 2, widest), (1e-9, 0.5, 1 - 1e-9))
+    best = min([(0,) * stages, *(legal([r * scale + part for r in room]) for scale, part in starts)], key=score)
+    for step in (8, 4, 2, 2, 1, 1, 1, 1):
+        for rank, change in itertools.product(range(stages - 1), (-step, step)):
+            if score(best)[1] > floor and score.cache_info().misses < budget:
+                down = [s + change * (k <= rank) for k, s in enumerate(best)]
+                alone = [*(max(s, best[rank] + change) for s in best[:rank]), best[rank] + change, *best[rank + 1 :]]
+                best = min(best, legal(down), legal(alone), key=score)
+    return best
+
+
+def _afab_period(microbatches: int, costs: Costs, ahead: Sequence[int]) -> float:
+    """Step time of all-forward-all-backward: what `simulate.timeline` gives, in a tenth of the time."""
+    stages, every = len(costs.t), range(microbatches)
+    free, ends, done = [0.0] * stages, [], [0] * stages
+
+    def chain(now: float, queue: Sequence[int], seconds: float, arrivals: list[float], sent: list[float]) -> float:
+        for q in queue:
+            now = max(now, arrivals[q]) + seconds
+            sent[q] = now + costs.message
+        return now
+
+    coming = [[0.0] * microbatches for _ in range(stages + 1)]
+    for step in range(6):
+        teacher, coming = coming, [[0.0] * microbatches for _ in range(stages + 1)]
+        student, gradient = [0.0] * microbatches, [0.0] * microbatches
+        for k in range(stages):
+            now = chain(free[k], every[done[k] :], costs.t[k], teacher[k], teacher[k + 1])
+            now = chain(now, every, costs.f[k], student, student)
+            done[k] = ahead[k] if step < 5 else 0
+            free[k] = chain(now, every[: done[k]], costs.t[k], coming[k], coming[k + 1])
+        for k in reversed(range(stages)):
+            free[k] = chain(free[k], every, costs.seconds("B", k), gradient, gradient) + costs.optimizer
+        ends.append(tuple(free))
+    return max(b - a for a, b in zip(ends[2], ends[4], strict=True)) / 2
+
+
+def _require(fine: bool, message: str) -> None:
+    if not fine:
+        raise ValueError(message)
+
+
+def _require_scalars(stages: int, microbatches: int, loss_over: str, costs: Costs | None = None) -> None:
+    _require(stages >= 1, f"stages is {stages}: give at least 1")
+    _require(microbatches >= 1, f"microbatches is {microbatches}: give at least 1")
+    _require(loss_over in LOSSES, f"loss_over is {loss_over!r}: choose from {', '.join(LOSSES)}")
+    given = stages if costs is None else len(costs.t)
+    _require(given == stages, f"costs are for {given} stages, not {stages}: give one entry per stage")

@@ -1,0 +1,454 @@
+"""The strategy: Lightning's calls, each handed to the part that does it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_tspipe import _lightning
+from lightning_tspipe.checkpoint import Groups, Shards
+from lightning_tspipe.comm import Comm
+from lightning_tspipe.data import make_batch
+from lightning_tspipe.errors import PipelineError
+from lightning_tspipe.feed import Feed, FollowingFeed, LeadingFeed, SharedLoader, SilentLoader
+from lightning_tspipe.module import TeacherStudentModule
+from lightning_tspipe.partition import Balance, Partition, partition
+from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
+from lightning_tspipe.refuse import check_optimizers, check_trainer
+from lightning_tspipe.runtime import Runtime
+from lightning_tspipe.schedule import Schedule
+from lightning_tspipe.stage import Network, Stage
+from lightning_tspipe.teacher import MomentumTeacher, pair_parameters
+from lightning_tspipe.training import MetricSync, TrainingHooks
+
+
+class TSPipeStrategy(ParallelStrategy):
+    """Trains a `TeacherStudentModule` as a pipeline whose bubbles are filled with the teacher of the next batch.
+
+    Args:
+        stages: number of stages; "auto" takes all devices.
+        microbatches: per batch; "auto" takes the fewest that let the teacher fill the bubbles.
+        schedule: the order of the work; "auto" or "afab" (all forwards, then all backwards).
+        balance: "auto" or "parameters", the numbers of layers of the stages, or ``{"student": [...], "teacher": [...]}``.
+        start_method: "popen", "spawn", "fork" or "forkserver", as in DDPStrategy.
+        process_group_backend: "nccl" or "gloo"; None takes nccl on GPUs and gloo elsewhere.
+        timeout: how long one message may take.
+
+    Raises:
+        ValueError: microbatches or schedule is unknown.
+    """
+
+    strategy_name = "tspipe"
+
+    def __init__(
+        self,
+        stages: int | Literal["auto"] = "auto",
+        microbatches: int | Literal["auto"] = "auto",
+        schedule: str = "auto",
+        balance: Balance = "auto",
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        accelerator: pl.accelerators.Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
+        check_plan_arguments(microbatches, schedule)
+        self._num_nodes = 1
+        self._stages, self._microbatches, self._schedule, self._balance = stages, microbatches, schedule, balance
+        self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
+        self._comm: Comm | None = None
+        self._shards: Shards | None = None
+        self._stage: Stage | None = None
+        self._runtime: Runtime | None = None
+        self._feed: Feed | None = None
+        self._teacher: MomentumTeacher | None = None
+        self._groups: Groups = []
+        self._undo: list[Callable[[], None]] = []
+        self._failed = self._in_step = False
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        for name, method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+            strategy_registry.register(
+                f"tspipe{name}",
+                cls,
+                description=f"teacher-student pipeline, start_method={method!r}",
+                start_method=method,
+            )
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning asks a strategy that it does not know of for this, before it syncs logged values."""
+        return True
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of machines."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes on this machine."""
+        return len(self.parallel_devices or ())
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": 1, "rank": 0}
+
+    @property
+    def plan(self) -> Schedule | None:
+        """The schedule that full batches follow; None outside of a fit."""
+        if self._runtime is None or self._feed is None or self._feed.current is None:
+            return None
+        return self._runtime.schedule(self._feed.current.info.microbatches)
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """Seconds that this rank has spent in T, F and B since the fit began."""
+        return dict(self._runtime.busy) if self._runtime is not None else {}
+
+    @property
+    def _module(self) -> TeacherStudentModule:
+        module = self.lightning_module
+        assert isinstance(module, TeacherStudentModule)
+        return module
+
+    @property
+    def _is_last(self) -> bool:
+        return self.global_rank == self.world_size - 1
+
+    @override
+    def _configure_launcher(self) -> None:
+        self._launcher = _lightning.make_launcher(self, self._start_method)
+
+    def set_world_ranks(self) -> None:
+        """Called by Lightning before and after the processes have started."""
+        _lightning.set_world_ranks(self)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.set_world_ranks()
+        self._backend = self._backend or ("nccl" if self.root_device.type == "cuda" else "gloo")
+        _lightning.init_process_group(self, self._backend, self._timeout)
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None and self.lightning_module is not None
+        self._failed = self._in_step = False
+        self.accelerator.setup(trainer)
+        check_trainer(trainer, self.lightning_module, self.world_size, self._stages)
+        module, stages, rank = self._module, self.world_size, self.global_rank
+        module.check_networks()
+        self.model = self.precision_plugin.convert_module(module)
+        module.teacher.requires_grad_(False)
+        module.train(module.training)  # gives the teacher its own mode
+        source = None if module.momentum is None else module.ema_source()
+        parts = partition(module.student, module.teacher, stages, self._balance, source)
+        if stages > 1:
+            self._comm = Comm(rank, stages, self.root_device, self._backend or "gloo", self._timeout)
+            _lightning.retire_process_observer()
+        self._shards = Shards(module, parts.owners(), rank, self._comm)
+        seed = self.broadcast(torch.initial_seed())
+        self._shards.spread()
+        self._shards.release()
+        self.model_to_device()
+        mine = parts.student[rank], parts.teacher[rank]
+        self._stage = Stage(*mine, rank, rank == 0, self.root_device, seed)
+        self._patch(trainer, module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+            self._setup_training(trainer, module, parts)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _lightning.optimizers_to_device(self.optimizers, self.root_device)
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        check_optimizers(self.optimizers)
+        assert self._shards is not None
+        self._groups = []
+        for optimizer in self.optimizers:
+            self._module.check_optimizer(optimizer)
+            self._groups = self._shards.take_groups(optimizer)
+
+    def _setup_training(self, trainer: pl.Trainer, module: TeacherStudentModule, parts: Partition) -> None:
+        delay = 1 if module.teacher_delay is None else module.teacher_delay
+        if module.momentum is not None:
+            pairs = pair_parameters(module.teacher, module.ema_source()).values()
+            local = [(teacher, student) for teacher, student in pairs if not teacher.is_meta]
+            assert all(not student.is_meta for _, student in local), "a teacher stage is not where its source is"
+            self._teacher = MomentumTeacher(local, module.momentum)
+        lookahead = module.momentum is None or delay == 1
+        planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule)
+        assert self._stage is not None
+        self._runtime = Runtime(
+            self._stage, self._comm, planner, self._teacher, module.loss_over, self.global_rank, self.world_size
+        )
+        self._signals = _lightning.SignalLink(trainer)
+        self._hooks = TrainingHooks(trainer, module, self._signals)
+        link = _lightning.LoaderLink(trainer, self._make_feed)
+        _lightning.take_over_backward(trainer, True)
+        _lightning.skip_batch_hooks(module, lambda batch: self._feed is not None and batch is self._feed.stand_in)
+        self._undo += [self._signals.close, link.close, lambda: _lightning.take_over_backward(trainer, False)]
+        self._undo.append(lambda: module.__dict__.pop("_on_before_batch_transfer", None))
+        if self._comm is not None:
+            sync = MetricSync(self._hooks, self._comm)
+            trainer.callbacks.insert(0, sync)  # type: ignore[attr-defined]
+            self._undo.append(lambda: trainer.callbacks.remove(sync))  # type: ignore[attr-defined]
+
+    def _patch(self, trainer: pl.Trainer, module: TeacherStudentModule) -> None:
+        """`self.student(x)` and `self.teacher(x)` run through all stages; one pipeline is one replica."""
+        self._undo = [self._stage.close] if self._stage is not None else []
+        _lightning.forbid_distributed_sampler(trainer)
+        if self._comm is None:
+            return
+        for _, metric in _lightning.metrics_of(module):
+            metric.sync_on_compute = False
+        networks: tuple[Network, ...] = ("student", "teacher")
+        for name in networks:
+            network = getattr(module, name)
+            network.forward = _Through(self, name)
+            self._undo.append(lambda network=network: network.__dict__.pop("forward", None))  # type: ignore[misc]
+
+    def _make_feed(self, inner: Any) -> Feed:
+        previous = self._feed
+        if previous is not None:
+            previous.settle()
+        if self._comm is not None and self.global_rank:
+            self._feed = FollowingFeed(inner, self._signals, self._comm)
+        else:
+            announce = self._comm.send_header if self._comm is not None else lambda header: None
+            self._feed = LeadingFeed(inner, self._signals, _Loading(self), announce, self._is_last_step)
+        return self._feed
+
+    def _is_last_step(self) -> bool:
+        trainer = self._module.trainer
+        one_more = trainer.accumulate_grad_batches == 1 and trainer.global_step + 1 >= trainer.max_steps
+        return trainer.max_steps != -1 and one_more
+
+    @override
+    def model_to_device(self) -> None:
+        assert self._shards is not None
+        self._shards.to(self.root_device)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        if self._comm is None:
+            return dataloader
+        if self._module.trainer.training:
+            return SilentLoader(dataloader) if self.global_rank else dataloader
+        return SharedLoader(dataloader, self._comm)
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        if self._feed is not None and batch is self._feed.stand_in:
+            return batch
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def on_train_start(self) -> None:
+        if self._teacher is not None:
+            self._teacher.version = self._module.version_of(self._module.trainer.global_step + 1, default_delay=1)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        assert self._runtime is not None and self._feed is not None and self._feed.current is not None
+        module, trainer = self._module, self._module.trainer
+        step = trainer.global_step + 1
+        updates = not _lightning.accumulates(trainer)
+        next_version = module.version_of(step + updates, default_delay=1)
+        self._in_step = True
+        with self.precision_plugin.train_step_context():
+            report = self._runtime.run_step(
+                self._feed.current,
+                self._feed.upcoming,
+                self._hooks,
+                version=module.version_of(step, default_delay=1),
+                next_version=next_version,
+                completed=step - 1,
+                lookahead=self._teacher is None or next_version <= step - 1,
+                updates=updates,
+            )
+        self._in_step = False
+        return self._hooks.finish(report, self._is_last)
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        step = self._module.trainer.global_step + 1  # Lightning counts the step after this call
+        if self._teacher is not None and self._module.version_of(step + 1, default_delay=1) == step:
+            self._teacher.advance(step, step)
+        return output
+
+    @override
+    def on_train_end(self) -> None:
+        assert self._runtime is not None
+        self._runtime.finish_ahead()
+        if self._feed is not None:
+            self._feed.settle()
+
+    @override
+    def on_validation_start(self) -> None:
+        self._share_common()
+
+    @override
+    def on_test_start(self) -> None:
+        self._share_common()
+
+    @override
+    def on_predict_start(self) -> None:
+        self._share_common()
+
+    def _share_common(self) -> None:
+        assert self._shards is not None
+        self._shards.share_common()
+
+    def run_through(self, network: Network, inputs: Any) -> Any:
+        """A forward of one network through all stages, the same result on every rank."""
+        if self._in_step:
+            raise MisconfigurationException(
+                f"self.{network}(...) was called while a training step runs, where each rank has one stage only. Use the "
+                "outputs that `loss` gets; in validation_step, test_step and predict_step the call works."
+            )
+        assert self._stage is not None and self._comm is not None
+        stage = self._stage
+        return self._comm.chain(lambda value: stage.run(network, value), inputs)
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self._shards is not None
+        return self._shards.state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self._shards is not None
+        return self._shards.optimizer_state(_lightning.plain_optimizer(optimizer), self._groups)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        assert self._shards is not None
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            self._shards.load_optimizer_state(optimizer, state, self._groups)
+            _lightning.optimizers_to_device([optimizer], self.root_device)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized() and self.world_size > 1 and not self._failed:
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized() or self.world_size == 1:
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src=src)
+        return objects[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return tensor  # one pipeline is one replica: every rank already has the value
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return tensor.unsqueeze(0) if self.world_size > 1 else tensor
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return bool(self.broadcast(decision))
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        self._failed = True
+        if self._comm is not None and not isinstance(exception, PipelineError | SystemExit):
+            text = "".join(traceback.format_exception(exception))
+            self._comm.board.report(f"rank {self.global_rank} (stage {self.global_rank}) failed:\n{text}")
+        if isinstance(exception, SystemExit) and self._runtime is not None:
+            self._failed = False  # an orderly end: every rank is at the same step boundary
+            self.on_train_end()
+
+    @override
+    def teardown(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+        self._undo = []
+        if self._shards is not None and not self._failed:
+            self._shards.restore()
+        if self._comm is not None:
+            if not self._failed:
+                self._comm.drain()
+            self._comm.close()
+        self._comm = self._shards = self._stage = self._runtime = self._feed = self._teacher = None
+        if self._failed:
+            self.precision_plugin.teardown()
+        else:
+            super().teardown()
+
+
+class _Through:
+    """Stands for a network's forward; an object, so that the module can still be pickled without the strategy."""
+
+    def __init__(self, strategy: TSPipeStrategy, network: Network) -> None:
+        self._strategy, self._network = strategy, network
+
+    def __call__(self, inputs: Any) -> Any:
+        return self._strategy.run_through(self._network, inputs)
+
+
+class _Loading:
+    """Makes the loading rank's batches: Lightning's preparation, the user's input hooks, the cut."""
+
+    def __init__(self, strategy: TSPipeStrategy) -> None:
+        self._strategy = strategy
+        self._index = strategy._module.trainer.fit_loop.total_batch_idx
+
+    def __call__(self, raw: Any) -> Any:
+        strategy, module = self._strategy, self._strategy._module
+        batch = _lightning.prepare_batch(module.trainer, raw)
+        self._index += 1
+        assert strategy._runtime is not None
+        automatic = strategy._microbatches == "auto"
+        return batch, make_batch(
+            self._index,
+            batch,
+            module.student_input(batch),
+            module.teacher_input(batch),
+            module.target(batch),
+            strategy._runtime.microbatches if automatic else int(strategy._microbatches),
+            not automatic,
+        )
+
+
+TSPipeStrategy.register_strategies(StrategyRegistry)

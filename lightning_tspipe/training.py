@@ -1,0 +1,129 @@
+"""The side of a training step that faces the user: `loss`, Lightning's hooks around the backward, and logging."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_tspipe import _lightning
+from lightning_tspipe.comm import Comm
+from lightning_tspipe.logrelay import LossReport, Recorder
+from lightning_tspipe.module import TeacherStudentModule
+
+
+class TrainingHooks:
+    """Implements `runtime.StepHooks` for one module under one trainer.
+
+    Args:
+        trainer: the trainer.
+        module: the user's module.
+        signals: where a SIGTERM is noted.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: TeacherStudentModule, signals: _lightning.SignalLink) -> None:
+        self._trainer, self._module, self._signals = trainer, module, signals
+        self._metrics = dict(_lightning.metrics_of(module))
+        self._names = {id(metric): name for name, metric in self._metrics.items()}
+        self.used: set[str] = set()
+
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> tuple[Tensor, LossReport]:
+        """Run the user's loss and record what it logs; a faulty result is an error that names the fix."""
+        recorder = Recorder(self._names, _lightning.cached_value)
+        self._module.log = recorder.log  # type: ignore[method-assign, assignment]
+        try:
+            with torch.enable_grad():
+                result = self._module.loss(student_out, teacher_out, target)
+        finally:
+            del self._module.log
+        loss, extra = _checked(result)
+        head = Recorder({}, _lightning.cached_value)
+        head.add("output", "loss", loss)
+        for name, value in extra.items():
+            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+                head.add("output", name, value)
+        return loss, LossReport(head.entries + recorder.entries, head.values + recorder.values)
+
+    def before_backward(self, loss: Tensor) -> Tensor:
+        """Zero the gradients and fire the hooks that Lightning fires here."""
+        _lightning.zero_grad(self._trainer, self._trainer.optimizers[0])
+        scaled = loss / self._trainer.accumulate_grad_batches
+        precision = self._trainer.precision_plugin
+        self._trainer.strategy.pre_backward(scaled)
+        return precision.pre_backward(scaled, self._module)
+
+    def after_backward(self, loss: Tensor) -> None:
+        """Fire the hooks that Lightning fires after a backward."""
+        scaled = loss / self._trainer.accumulate_grad_batches
+        self._trainer.precision_plugin.post_backward(scaled, self._module)
+        self._trainer.strategy.post_backward(scaled)
+
+    def terminating(self) -> bool:
+        """Whether this rank has received a SIGTERM."""
+        return self._signals.received
+
+    def terminate(self) -> None:
+        """A rank behind this one has received a SIGTERM."""
+        self._signals.received = True
+
+    def finish(self, report: LossReport, on_loss_rank: bool) -> Tensor | dict[str, Any]:
+        """Make the recorded `self.log` calls on this rank, and give what `training_step` returns.
+
+        Args:
+            report: from the step.
+            on_loss_rank: whether `loss` ran here, so that its metrics are up to date.
+        """
+        outputs: dict[str, Any] = {}
+        for entry, value in report.items():
+            if entry.kind == "output":
+                assert value is not None
+                outputs[entry.name] = value
+            elif entry.kind == "log":
+                assert value is not None
+                self._module.log(entry.name, value, **dict(entry.options))
+            else:
+                metric = self._metrics[entry.metric]
+                self.used.add(entry.metric)
+                if not on_loss_rank:
+                    _lightning.set_cached_value(metric, value)
+                self._module.log(entry.name, metric, **dict(entry.options))
+        return outputs["loss"] if len(outputs) == 1 else outputs
+
+
+class MetricSync(pl.Callback):
+    """Before the epoch's metrics are computed, gives every rank the state of those that `loss` updated."""
+
+    def __init__(self, hooks: TrainingHooks, comm: Comm) -> None:
+        self._hooks, self._comm = hooks, comm
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """One exchange per epoch, of the metrics that were logged in it."""
+        used: dict[str, Metric] = {name: metric for name, metric in _lightning.metrics_of(pl_module)
+                                   if name in self._hooks.used}  # fmt: skip
+        if not used:
+            return
+        states = self._comm.share({name: metric.metric_state for name, metric in used.items()}, self._comm.stages - 1)
+        for name, metric in used.items():
+            _lightning.adopt_state(metric, states[name])
+
+
+def _checked(result: Any) -> tuple[Tensor, dict[str, Any]]:
+    extra = {key: value for key, value in result.items() if key != "loss"} if isinstance(result, Mapping) else {}
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise MisconfigurationException(
+            f"`loss` must return a scalar tensor, or a dict with a scalar tensor under 'loss'; it returned {what}. "
+            "Reduce it, for example with `.mean()`."
+        )
+    if not loss.requires_grad:
+        raise MisconfigurationException(
+            "The loss does not depend on the student: it has no gradient. Compute it from `student_out`, and do not "
+            "detach it."
+        )
+    return loss.reshape(()), extra

@@ -1,0 +1,97 @@
+"""Nested outputs as a flat list of tensors and a picklable description of the nesting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Structure = tuple[Any, ...]
+LEAF: Structure = ("tensor",)
+
+
+def flatten(tree: Any) -> tuple[list[Tensor], Structure]:
+    """Take a nesting of tuples, lists, dicts and constants apart.
+
+    Args:
+        tree: tensors of any shapes, nested in tuples (named ones too), lists and mappings; all else is a constant.
+
+    Returns:
+        The tensors, depth first, and the structure: equal structures compare equal, and they can be pickled.
+    """
+    leaves: list[Tensor] = []
+    return leaves, _flatten(tree, leaves)
+
+
+def _flatten(tree: Any, leaves: list[Tensor]) -> Structure:
+    if isinstance(tree, Tensor):
+        leaves.append(tree)
+        return LEAF
+    if isinstance(tree, Mapping):
+        return ("dict", type(tree), tuple(tree), tuple(_flatten(value, leaves) for value in tree.values()))
+    if isinstance(tree, tuple | list):
+        return ("sequence", type(tree), tuple(_flatten(value, leaves) for value in tree))
+    return ("constant", tree)
+
+
+def unflatten(leaves: Sequence[Tensor], structure: Structure) -> Any:
+    """Put together what `flatten` took apart."""
+    source = iter(leaves)
+    tree = _unflatten(source, structure)
+    assert next(source, None) is None, "more tensors than the structure has places"
+    return tree
+
+
+def _unflatten(leaves: Iterator[Tensor], structure: Structure) -> Any:
+    if structure == LEAF:
+        return next(leaves)
+    match structure[0]:
+        case "dict":
+            _, kind, keys, children = structure
+            items = {key: _unflatten(leaves, child) for key, child in zip(keys, children, strict=True)}
+            return items if kind is dict else kind(items)
+        case "sequence":
+            _, kind, children = structure
+            values = [_unflatten(leaves, child) for child in children]
+            return kind(*values) if hasattr(kind, "_fields") else kind(values)
+        case _:
+            return structure[1]
+
+
+def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same nesting with every tensor replaced by ``function(tensor)``."""
+    leaves, structure = flatten(tree)
+    return unflatten([function(leaf) for leaf in leaves], structure)
+
+
+def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
+    """Cut every tensor whose dimension 0 is the batch into microbatches; others go to each of them whole.
+
+    Args:
+        tree: tensors of shape (rows, ...).
+        sizes: rows per microbatch; their sum is the number of rows.
+    """
+    leaves, structure = flatten(tree)
+    rows = sum(sizes)
+    parts = [leaf.split(list(sizes)) if leaf.ndim and leaf.shape[0] == rows else [leaf] * len(sizes) for leaf in leaves]
+    return [unflatten([part[index] for part in parts], structure) for index in range(len(sizes))]
+
+
+def merge(trees: Sequence[Any]) -> Any:
+    """Concatenate microbatches along dimension 0; the inverse of `split`.
+
+    Raises:
+        ValueError: a tensor has no batch dimension to concatenate along.
+    """
+    if len(trees) == 1:
+        return trees[0]
+    flat = [flatten(tree) for tree in trees]
+    columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
+    if any(column[0].ndim == 0 for column in columns):
+        raise ValueError(
+            "A network returned a tensor without a batch dimension, so the outputs of several microbatches cannot be "
+            "joined. Return tensors of shape (batch, ...), or use microbatches=1."
+        )
+    return unflatten([torch.cat(column) for column in columns], flat[0][1])

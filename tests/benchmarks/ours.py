@@ -1,0 +1,48 @@
+"""This library on the emulated problem, through its public API alone."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
+
+from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
+from tests.benchmarks.fit import timed_fit
+from tests.benchmarks.measure import Measurement
+from tests.benchmarks.problem import LEARNING_RATE, Problem
+from tests.benchmarks.processes import run_forked
+
+
+class EmulatedPair(TeacherStudentModule):
+    """A frozen teacher and a student, one emulated layer of each per stage.
+
+    Args:
+        problem: What to train.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.teacher, self.student = problem.networks()
+
+    @override
+    def loss(self, student_out: Tensor, teacher_out: Tensor, target: None) -> Tensor:
+        return nn.functional.mse_loss(student_out, teacher_out)
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.student.parameters(), lr=LEARNING_RATE)
+
+
+def measure_ours(problem: Problem) -> Measurement:
+    """Train the problem with ``TSPipeStrategy`` on as many processes as it has stages."""
+    [(step_s, error)] = run_forked(_train, 1, problem, timeout_s=problem.timeout_s)
+    return Measurement("tspipe", problem.name, step_s, problem.work_s / step_s, error)
+
+
+def _train(_: int, problem: Problem) -> tuple[float, float]:
+    """Drive one fit; seconds of a step, and the largest error of a parameter."""
+    module = EmulatedPair(problem)
+    loader = DataLoader(TensorDataset(problem.samples()), batch_size=problem.num_microbatches * problem.rows)
+    # the layers are equal, so a balance by parameters gives every stage one of each network
+    strategy = TSPipeStrategy(microbatches=problem.num_microbatches, balance="parameters", start_method="fork")
+    fit = timed_fit(module, loader, strategy, problem.num_stages, problem.num_steps)
+    return fit.step_s, problem.check(module.student)

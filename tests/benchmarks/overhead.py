@@ -1,0 +1,45 @@
+"""What the runtimes themselves cost: stages that take no time, so that a step is nothing but overhead and messages."""
+
+from dataclasses import dataclass
+
+from tests.benchmarks.measure import Measurement
+from tests.benchmarks.ours import measure_ours
+from tests.benchmarks.problem import Problem
+from tests.benchmarks.rivals import RIVALS, measure_rival
+
+NUM_STAGES = (2, 4)
+NUM_MICROBATCHES = 24
+NUM_STEPS = 30
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """A runtime's cost on one problem.
+
+    Attributes:
+        contender: Whose runtime.
+        problem: The problem's name.
+        us_per_action: Microseconds of a step per action of a rank, messages included.
+        us_per_microbatch: The same per microbatch: comparable where one action does the work of two.
+    """
+
+    contender: str
+    problem: str
+    us_per_action: float
+    us_per_microbatch: float
+
+
+def measure_overhead() -> list[Overhead]:
+    """Ours and every rival on each number of stages."""
+    problems = [Problem(num, NUM_MICROBATCHES, NUM_STEPS, forward_s=0.0, backward_s=0.0) for num in NUM_STAGES]
+    measurements = []
+    for problem in problems:
+        measurements.append(measure_ours(problem))
+        measurements += [measure_rival(contender, problem) for contender in RIVALS]
+    return [_overhead(measurement) for measurement in measurements]
+
+
+def _overhead(measurement: Measurement) -> Overhead:
+    actions = 2 if "fused" in measurement.contender else 3  # teacher forward, student forward, backward
+    us_per_microbatch = measurement.step_s * 1e6 / NUM_MICROBATCHES
+    return Overhead(measurement.contender, measurement.problem, us_per_microbatch / actions, us_per_microbatch)
