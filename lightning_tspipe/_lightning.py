@@ -1,4 +1,4 @@
-"""The only file that touches private names of Lightning and torchmetrics; `tests/test_lightning.py` holds each of them."""
+"""The one file that touches private names of Lightning and torchmetrics; `tests/test_lightning.py` holds them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -36,7 +36,8 @@ def set_world_ranks(strategy: Any) -> None:
     if environment is not None:
         environment.set_global_rank(strategy.node_rank * strategy.num_processes + strategy.local_rank)
         environment.set_world_size(strategy.num_nodes * strategy.num_processes)
-    rank_zero_only.rank = fabric_rank_zero_only.rank = strategy.global_rank
+    for helper in (rank_zero_only, fabric_rank_zero_only):
+        setattr(helper, "rank", strategy.global_rank)  # noqa: B010  the attribute is not in their types
 
 
 def init_process_group(strategy: Any, backend: str, timeout: timedelta) -> None:
@@ -131,7 +132,7 @@ class SignalLink:
         self._trainer = trainer
         self.received = False
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        trainer._signal_connector._sigterm_notifier_fn = self._notify  # type: ignore[method-assign]
+        trainer._signal_connector._sigterm_notifier_fn = self._notify  # type: ignore[method-assign, assignment]
 
     def act(self) -> None:
         """Every rank knows: Lightning ends the job at the end of this step."""
@@ -152,8 +153,10 @@ class SignalLink:
 
 
 def retire_process_observer() -> None:
-    """Lightning's observer kills the main process within 5 s of any child's end, so also in an orderly end by SIGTERM
-    and before the main process can say which rank died. From here on the pipeline itself notices a dead rank.
+    """From here on the pipeline itself notices a dead rank.
+
+    Lightning's observer kills the main process within 5 s of any child's end, so also in an orderly end by SIGTERM, and
+    before the main process can say which rank died.
     """
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
@@ -178,7 +181,7 @@ def cached_value(metric: Metric) -> Tensor | None:
 
 def set_cached_value(metric: Metric, value: Tensor | None) -> None:
     """Let a metric that was updated on another rank show that rank's value of the batch."""
-    metric._forward_cache = value
+    metric._forward_cache = value  # type: ignore[assignment]
     metric._update_count = max(metric._update_count, 1)
     metric._computed = None
 

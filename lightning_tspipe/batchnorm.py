@@ -1,7 +1,7 @@
 """Deferred batch normalization: running statistics move once per batch, by the statistics of the whole batch.
 
-Source: Kim et al., "torchgpipe", https://arxiv.org/abs/2004.09910, section "Deferred batch normalization". Each microbatch
-is normalized by its own statistics; what a validation uses is then the same for every number of microbatches.
+Source: Kim et al., "torchgpipe", https://arxiv.org/abs/2004.09910, "Deferred batch normalization". Each microbatch is
+normalized by its own statistics; what a validation uses is then the same for every number of microbatches.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 Slot = tuple[int, int]  # batch, view
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
 class _Part(NamedTuple):
-    count: int
+    rows: int
     mean: Tensor
     var: Tensor  # unbiased
 
@@ -31,8 +32,7 @@ class DeferredBatchNorm:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        self._norms = [m for root in modules for m in root.modules() if isinstance(m, kinds) and m.track_running_stats]
+        self._norms = [m for root in modules for m in root.modules() if isinstance(m, Norm) and m.track_running_stats]
         self._parts: dict[Slot, dict[int, list[_Part]]] = defaultdict(lambda: defaultdict(list))
         self.slot: Slot = (0, 0)
         for index, norm in enumerate(self._norms):
@@ -55,11 +55,10 @@ class DeferredBatchNorm:
         for slot in [slot for slot in self._parts if slot[0] == batch]:
             del self._parts[slot]
 
-    def _forward(self, norm: nn.BatchNorm1d, index: int, inputs: Tensor) -> Tensor:
+    def _forward(self, norm: Norm, index: int, inputs: Tensor) -> Tensor:
         if not norm.training:
             return type(norm).forward(norm, inputs)
         assert norm.running_mean is not None and norm.running_var is not None
-        norm._check_input_dim(inputs)
         # with momentum 1 the kernel leaves the statistics of this microbatch in the two buffers, at no extra cost
         mean, var = torch.zeros_like(norm.running_mean), torch.ones_like(norm.running_var)
         output = nn.functional.batch_norm(inputs, mean, var, norm.weight, norm.bias, True, 1.0, norm.eps)
@@ -67,16 +66,16 @@ class DeferredBatchNorm:
         return output
 
 
-def _update(norm: nn.BatchNorm1d, parts: list[_Part]) -> None:
+def _update(norm: Norm, parts: list[_Part]) -> None:
     assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
-    total = sum(part.count for part in parts)
+    total = sum(part.rows for part in parts)
     if len(parts) == 1:
         mean, var = parts[0].mean, parts[0].var
     else:
         means = torch.stack([part.mean for part in parts])
-        counts = means.new_tensor([part.count for part in parts]).unsqueeze(1)
+        counts = means.new_tensor([part.rows for part in parts]).unsqueeze(1)
         mean = (means * counts).sum(0) / total
-        squares = torch.stack([part.var * (part.count - 1) for part in parts]).sum(0)
+        squares = torch.stack([part.var * (part.rows - 1) for part in parts]).sum(0)
         var = (squares + (counts * (means - mean) ** 2).sum(0)) / max(total - 1, 1)
     norm.num_batches_tracked += 1
     factor = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.to(mean.dtype)

@@ -139,4 +139,4 @@ def _swap(tensor: Tensor, value: Tensor) -> None:
     replacement: Tensor = value
     if isinstance(tensor, nn.Parameter):
         replacement = nn.Parameter(value, requires_grad=tensor.requires_grad)
-    torch.utils.swap_tensors(tensor, replacement)
+    torch.utils.swap_tensors(tensor, replacement)  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
 """Everything that sends and receives: activations, gradients, headers, and the news that a rank has failed.
 
-Each directed edge and kind of message is a `Channel` of its own with one order of messages. On gloo the kinds are told
-apart by tags; NCCL has no tags, so each edge and kind gets a communicator. No send is waited for where it is made: every
-one is kept, with its buffer, until it is certain that the receiver has it.
+Each directed edge and kind of message is a `Channel` of its own with one order of messages. On gloo the kinds are
+told apart by tags; NCCL has no tags, so each edge and kind gets a communicator. No send is waited for where it is made:
+every one is kept, with its buffer, until it is certain that the receiver has it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Hashable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_tspipe import tree
 from lightning_tspipe.data import Shapes, shapes_of
@@ -35,11 +36,11 @@ class FailureBoard:
         host = os.environ["MASTER_ADDR"]
         address: list[Any] = [None]
         if rank == 0:
-            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
             address = [self._store.port]
         dist.broadcast_object_list(address, src=0)
         if rank != 0:
-            self._store = dist.TCPStore(host, address[0], is_master=False, wait_for_workers=False, timeout=timeout)
+            self._store = TCPStore(host, address[0], is_master=False, wait_for_workers=False, timeout=timeout)
         self._rank = rank
         self.failed = False
 
@@ -211,15 +212,15 @@ class Comm:
         self._old = 0
         ranks = list(range(stages))
         self.board = FailureBoard(rank, stages, timeout)
-        self.control = dist.new_group(ranks, backend="gloo", timeout=timeout)
-        data = dist.new_group(ranks, backend="gloo", timeout=timeout) if backend == "gloo" else None
+        self.control = _new_group(ranks, "gloo", timeout)
+        data = _new_group(ranks, "gloo", timeout) if backend == "gloo" else None
         edges = [(kind, k, k + 1) for kind in "TF" for k in ranks[:-1]]
         edges += [(kind, k + 1, k) for kind in "BL" for k in ranks[:-1]]
         edges += [("Y", 0, stages - 1)]
         self.inward: dict[str, Channel] = {}
         self.outward: dict[str, Channel] = {}
         for kind, source, target in edges:
-            group = data or dist.new_group([source, target], backend=backend, timeout=timeout)
+            group = data or _new_group([source, target], backend, timeout)
             if rank == target:
                 self.inward[kind] = Channel(self, kind, source, group)
             if rank == source:
@@ -242,9 +243,10 @@ class Comm:
     def start(self, call: Any, tensor: Tensor, peer: int, group: dist.ProcessGroup, tag: int) -> dist.Work:
         """Start one send or receive; a lost connection becomes a `PipelineError`."""
         try:
-            return call(tensor, peer, group=group, tag=tag)
+            work: dist.Work = call(tensor, peer, group=group, tag=tag)
         except RuntimeError as error:
             raise self.board.explain(peer) from error
+        return work
 
     def wait(self, work: dist.Work, peer: int) -> None:
         """Wait for one message; a lost connection becomes a `PipelineError`."""
@@ -333,6 +335,11 @@ class Comm:
         if self.rank < self.stages - 1:
             self.lines_out["eval"].send(_to_host(value))
         return self.share(value, self.stages - 1)
+
+
+def _new_group(ranks: list[int], backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(ranks, backend=backend, timeout=timeout)
+    return cast(dist.ProcessGroup, group)  # for ranks outside of the group it is a number, which is never used
 
 
 def _to_host(value: Any) -> Any:

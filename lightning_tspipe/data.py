@@ -44,7 +44,7 @@ class BatchInfo:
         sizes: rows of each microbatch.
         student, teacher: shapes of the inputs of the networks, whole batch.
         target: structure and shapes of the target.
-        batch: structure and shapes of the batch as the loader gave it, for the stand-in that the other ranks' hooks get.
+        batch: structure and shapes of the batch as the loader gave it, for the stand-in that other ranks' hooks get.
     """
 
     index: int
@@ -56,6 +56,7 @@ class BatchInfo:
 
     @property
     def microbatches(self) -> int:
+        """How many microbatches the batch is cut into."""
         return len(self.sizes)
 
     def key(self, network: Network, microbatch: int) -> Hashable:
@@ -109,8 +110,8 @@ def make_batch(
     rows = _rows("student_input", student)
     if _rows("teacher_input", teacher) != rows:
         raise ValueError(
-            f"student_input(batch) has {rows} rows and teacher_input(batch) has {_rows('teacher_input', teacher)}: both "
-            "networks need the same samples in dimension 0, since they are cut into the same microbatches."
+            f"student_input(batch) has {rows} rows and teacher_input(batch) has {_rows('teacher_input', teacher)}: "
+            "both networks need the same samples in dimension 0, since they are cut into the same microbatches."
         )
     if rows < microbatches and fixed:
         raise ValueError(

@@ -47,7 +47,7 @@ class LossReport:
         sizes = [entry.size for entry in entries if entry.shape is not None]
         values = [
             part.reshape(entry.shape or ()).to(entry.dtype)
-            for entry, part in zip((e for e in entries if e.shape is not None), vector.split(sizes), strict=True)
+            for entry, part in zip((e for e in entries if e.shape is not None), torch.split(vector, sizes), strict=True)
         ]
         return cls(entries, values)
 
@@ -102,8 +102,8 @@ def mean_of(reports: Sequence[LossReport]) -> LossReport:
     names = [[(entry.kind, entry.name) for entry in report.entries] for report in reports]
     if any(other != names[0] for other in names):
         raise ValueError(
-            "`loss` logged different things for the microbatches of one batch. With loss_over='microbatch' log the same "
-            "names in every call."
+            "`loss` logged different things for the microbatches of one batch. With loss_over='microbatch' log the "
+            "same names in every call."
         )
     columns = zip(*(report.values for report in reports), strict=True)
     return LossReport(reports[0].entries, [torch.stack(column).to(torch.float64).mean(0) for column in columns])

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -62,8 +62,8 @@ class TeacherStudentModule(pl.LightningModule):
         self._momentum_teacher: MomentumTeacher | None = None
         self._twin_optimizer: Any = None
         if not self.save_teacher:
-            self.register_state_dict_post_hook(_drop_teacher)
-            self.register_load_state_dict_post_hook(_tolerate_missing_teacher)
+            self.register_state_dict_post_hook(_drop_teacher)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_post_hook(_tolerate_missing_teacher)  # type: ignore[no-untyped-call]
 
     def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Tensor | Mapping[str, Any]:
         """The one thing a user must write.

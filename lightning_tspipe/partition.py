@@ -40,13 +40,19 @@ class Partition:
 def layers_of(network: nn.Module, prefix: str = "") -> list[Layer]:
     """Flatten nested `nn.Sequential` into layers; anything else, and a Sequential with hooks, is one layer."""
     plain = isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward
-    if not plain or network._forward_hooks or network._forward_pre_hooks or network._backward_hooks:
+    if not plain or has_hooks(network):
         return [Layer(prefix, network)]
     return [
         layer
         for name, child in network.named_children()
         for layer in layers_of(child, f"{prefix}.{name}" if prefix else name)
     ]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward or backward hooks of its own (torch has no public name for them)."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in names)
 
 
 def partition(
@@ -116,8 +122,9 @@ def _cut(network: str, layers: list[Layer], stages: int, sizes: Sequence[int] | 
 
 
 def balance_by_cost(costs: Sequence[float], stages: int) -> list[int]:
-    """Numbers of layers per stage such that the most expensive stage is as cheap as possible (exact, by dynamic
-    programming over prefixes; among equals the earlier stages are filled first).
+    """Numbers of layers per stage such that the most expensive stage is as cheap as possible.
+
+    Exact, by dynamic programming over prefixes; among equals the one with the smallest sum of squares.
 
     Args:
         costs: one non-negative number per layer.

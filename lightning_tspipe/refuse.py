@@ -6,18 +6,19 @@ from collections.abc import Iterator
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import LBFGS, Optimizer
 
 from lightning_tspipe.module import TeacherStudentModule
 
+_AVERAGES = "it averages the whole model, which no rank holds. Average the saved checkpoints instead"
 _CALLBACKS = {
-    "StochasticWeightAveraging": "it swaps whole-model weights that no rank holds. Average the saved checkpoints instead",
-    "WeightAveraging": "it keeps an average of the whole model, which no rank holds. Average the saved checkpoints instead",
-    "EMAWeightAveraging": "it keeps an average of the whole model, which no rank holds. Use momentum=... for the teacher",
+    "StochasticWeightAveraging": _AVERAGES,
+    "WeightAveraging": _AVERAGES,
+    "EMAWeightAveraging": _AVERAGES,
     "BatchSizeFinder": "it runs trial fits that reload the whole model. Find the batch size with strategy='auto'",
-    "BackboneFinetuning": "it adds parameter groups while training. Give configure_optimizers all groups from the start",
+    "BackboneFinetuning": "it adds parameter groups while training. Give all groups in configure_optimizers",
 }
 
 
@@ -31,8 +32,8 @@ def check_optimizers(optimizers: list[Optimizer]) -> None:
     """Raises MisconfigurationException for optimizers that need the whole model at once."""
     if len(optimizers) > 1:
         raise MisconfigurationException(
-            "strategy='tspipe' cannot run several optimizers: the stages step once per batch. Return one optimizer with "
-            "several parameter groups."
+            "strategy='tspipe' cannot run several optimizers: the stages step once per batch. Return one optimizer "
+            "with several parameter groups."
         )
     if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
         raise MisconfigurationException(
@@ -43,7 +44,7 @@ def check_optimizers(optimizers: list[Optimizer]) -> None:
 
 def _reasons(trainer: pl.Trainer, module: pl.LightningModule, devices: int, stages: int | str) -> Iterator[str]:
     if not isinstance(module, TeacherStudentModule):
-        yield (f"{type(module).__name__} is not a TeacherStudentModule. Subclass lightning_tspipe.TeacherStudentModule, "
+        yield (f"{type(module).__name__} is no TeacherStudentModule. Subclass lightning_tspipe.TeacherStudentModule, "
                "assign self.teacher and self.student, and write loss")  # fmt: skip
         return
     if stages != "auto" and stages != devices:
@@ -54,9 +55,9 @@ def _reasons(trainer: pl.Trainer, module: pl.LightningModule, devices: int, stag
         yield "manual optimization: the stages' backwards are placed by the schedule. Use automatic optimization"
     for hook in ("backward", "optimizer_zero_grad"):
         if is_overridden(hook, module):
-            yield f"{type(module).__name__} overrides {hook}, which the schedule calls piece by piece. Remove the override"
+            yield f"{type(module).__name__} overrides {hook}, which the schedule calls in pieces. Remove the override"
     if type(module).training_step is not TeacherStudentModule.training_step:
-        yield (f"{type(module).__name__} overrides training_step, which no rank of a pipeline can run as a whole. Write "
+        yield (f"{type(module).__name__} overrides training_step, which no rank of a pipeline can run whole. Write "
                "loss, and the hooks student_input, teacher_input and target")  # fmt: skip
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind in type(callback).__mro__:

@@ -84,7 +84,7 @@ class Runtime:
         self._next: Batch | None = None
         self._pending: Batch | None = None  # its teacher work has begun somewhere in the pipeline
         self._programs: dict[tuple[int, int], tuple[Op, ...]] = {}
-        self.busy: Counter[str] = Counter()
+        self.busy: dict[str, float] = {"T": 0.0, "F": 0.0, "B": 0.0}
         self._table: dict[tuple[str, str], Handler] = {
             ("recv", "T"): lambda batch, q: self._post("T", batch, q),
             ("recv", "F"): lambda batch, q: self._post("F", batch, q),
@@ -140,18 +140,15 @@ class Runtime:
         self._begin(batch)
         asked = False
         for op in self._program(batch.info.microbatches, self._done.pop(batch.info.index, 0)):
-            action = op.action
-            target: Batch | None = batch
+            action, target = op.action, batch
             if action.ahead:
-                if not lookahead:
-                    continue
-                if not asked:
+                if lookahead and not asked:
                     self._next, asked = upcoming(), True
                     if self._next is not None:
                         self._versions[self._next.info.index] = next_version
-                target = self._next
-                if target is None or action.microbatch >= target.info.microbatches:
+                if self._next is None or action.microbatch >= self._next.info.microbatches:
                     continue
+                target = self._next
             try:
                 self._table[op.verb, action.kind](target, action.microbatch)
             except Exception:
@@ -338,14 +335,14 @@ class Runtime:
         scaled = self._hooks.before_backward(loss) if first else loss
         if not whole:
             scaled = scaled / len(sizes)
-        scaled.backward()
+        torch.autograd.backward(scaled)
         floats = differentiable(leaves)
         if all(leaf.grad is None for leaf in floats):
             raise ValueError(
                 "The loss does not depend on the student: no gradient reached its outputs. Compute it from "
                 "`student_out`, and do not detach it."
             )
-        parts = [[None] * len(covered) if leaf.grad is None else leaf.grad.split([sizes[p] for p in covered])
+        parts = [[None] * len(covered) if leaf.grad is None else torch.split(leaf.grad, [sizes[p] for p in covered])
                  if len(covered) > 1 else [leaf.grad] for leaf in floats]  # fmt: skip
         for place, p in enumerate(covered):
             self._gradients[p] = [part[place] for part in parts]
@@ -357,8 +354,9 @@ class Runtime:
             self._pass_on(self._report, self._report.vector(self._comm.device), self._hooks.terminating())
 
     def _relay(self, batch: Batch, q: int) -> None:
-        """Take loss and logged values from below, and pass them on: before the first backward (loss over the batch)
-        or before the last one (per microbatch, when they are complete).
+        """Take loss and logged values from below, and pass them on.
+
+        They come before the first backward (loss over the batch) or the last one (per microbatch, when complete).
         """
         assert self._comm is not None
         due = 0 if self._loss_over == "batch" else batch.info.microbatches - 1

@@ -133,7 +133,7 @@ class Stage:
         known = self._structures.setdefault((network, view), copy.copy(structure))
         if known != structure:
             raise ValueError(
-                f"The {network} changed the structure of its output between batches (stage {self._index}, view {view}): "
+                f"The {network} changed the structure of its output between batches (stage {self._index}): "
                 f"first {known}, now {structure}. Return the same nesting of tensors, with the same constants, for "
                 "every batch."
             )

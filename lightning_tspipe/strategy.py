@@ -5,30 +5,30 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tspipe import _lightning
 from lightning_tspipe.checkpoint import Groups, Shards
 from lightning_tspipe.comm import Comm
-from lightning_tspipe.data import make_batch
+from lightning_tspipe.data import Batch, make_batch
 from lightning_tspipe.errors import PipelineError
 from lightning_tspipe.feed import Feed, FollowingFeed, LeadingFeed, SharedLoader, SilentLoader
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.partition import Balance, Partition, partition
 from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
+from lightning_tspipe.processes import ProcessStrategy
 from lightning_tspipe.refuse import check_optimizers, check_trainer
 from lightning_tspipe.runtime import Runtime
 from lightning_tspipe.schedule import Schedule
@@ -37,14 +37,14 @@ from lightning_tspipe.teacher import MomentumTeacher, pair_parameters
 from lightning_tspipe.training import MetricSync, TrainingHooks
 
 
-class TSPipeStrategy(ParallelStrategy):
+class TSPipeStrategy(ProcessStrategy):
     """Trains a `TeacherStudentModule` as a pipeline whose bubbles are filled with the teacher of the next batch.
 
     Args:
         stages: number of stages; "auto" takes all devices.
         microbatches: per batch; "auto" takes the fewest that let the teacher fill the bubbles.
         schedule: the order of the work; "auto" or "afab" (all forwards, then all backwards).
-        balance: "auto" or "parameters", the numbers of layers of the stages, or ``{"student": [...], "teacher": [...]}``.
+        balance: "auto" or "parameters", the numbers of layers of the stages, or a dict of these (`partition`).
         start_method: "popen", "spawn", "fork" or "forkserver", as in DDPStrategy.
         process_group_backend: "nccl" or "gloo"; None takes nccl on GPUs and gloo elsewhere.
         timeout: how long one message may take.
@@ -72,7 +72,6 @@ class TSPipeStrategy(ParallelStrategy):
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         check_plan_arguments(microbatches, schedule)
-        self._num_nodes = 1
         self._stages, self._microbatches, self._schedule, self._balance = stages, microbatches, schedule, balance
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
         self._comm: Comm | None = None
@@ -97,36 +96,6 @@ class TSPipeStrategy(ParallelStrategy):
             )
 
     @property
-    def is_distributed(self) -> bool:
-        """Lightning asks a strategy that it does not know of for this, before it syncs logged values."""
-        return True
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of machines."""
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        self._num_nodes = num_nodes
-
-    @property
-    def num_processes(self) -> int:
-        """Number of processes on this machine."""
-        return len(self.parallel_devices or ())
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": 1, "rank": 0}
-
-    @property
     def plan(self) -> Schedule | None:
         """The schedule that full batches follow; None outside of a fit."""
         if self._runtime is None or self._feed is None or self._feed.current is None:
@@ -143,25 +112,6 @@ class TSPipeStrategy(ParallelStrategy):
         module = self.lightning_module
         assert isinstance(module, TeacherStudentModule)
         return module
-
-    @property
-    def _is_last(self) -> bool:
-        return self.global_rank == self.world_size - 1
-
-    @override
-    def _configure_launcher(self) -> None:
-        self._launcher = _lightning.make_launcher(self, self._start_method)
-
-    def set_world_ranks(self) -> None:
-        """Called by Lightning before and after the processes have started."""
-        _lightning.set_world_ranks(self)
-
-    @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        self.set_world_ranks()
-        self._backend = self._backend or ("nccl" if self.root_device.type == "cuda" else "gloo")
-        _lightning.init_process_group(self, self._backend, self._timeout)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -219,6 +169,7 @@ class TSPipeStrategy(ParallelStrategy):
         )
         self._signals = _lightning.SignalLink(trainer)
         self._hooks = TrainingHooks(trainer, module, self._signals)
+        self._loaded = trainer.fit_loop.total_batch_idx
         link = _lightning.LoaderLink(trainer, self._make_feed)
         _lightning.take_over_backward(trainer, True)
         _lightning.skip_batch_hooks(module, lambda batch: self._feed is not None and batch is self._feed.stand_in)
@@ -240,7 +191,7 @@ class TSPipeStrategy(ParallelStrategy):
         networks: tuple[Network, ...] = ("student", "teacher")
         for name in networks:
             network = getattr(module, name)
-            network.forward = _Through(self, name)
+            network.forward = partial(self.run_through, name)
             self._undo.append(lambda network=network: network.__dict__.pop("forward", None))  # type: ignore[misc]
 
     def _make_feed(self, inner: Any) -> Feed:
@@ -251,8 +202,18 @@ class TSPipeStrategy(ParallelStrategy):
             self._feed = FollowingFeed(inner, self._signals, self._comm)
         else:
             announce = self._comm.send_header if self._comm is not None else lambda header: None
-            self._feed = LeadingFeed(inner, self._signals, _Loading(self), announce, self._is_last_step)
+            self._feed = LeadingFeed(inner, self._signals, self._load, announce, self._is_last_step)
         return self._feed
+
+    def _load(self, raw: Any) -> tuple[Any, Batch]:
+        """Lightning's preparation, the user's input hooks, the cut into microbatches."""
+        module, runtime = self._module, self._runtime
+        assert runtime is not None
+        batch = _lightning.prepare_batch(module.trainer, raw)
+        self._loaded += 1
+        count = runtime.microbatches if self._microbatches == "auto" else self._microbatches
+        inputs = module.student_input(batch), module.teacher_input(batch), module.target(batch)
+        return batch, make_batch(self._loaded, batch, *inputs, count, fixed=self._microbatches != "auto")
 
     def _is_last_step(self) -> bool:
         trainer = self._module.trainer
@@ -303,7 +264,7 @@ class TSPipeStrategy(ParallelStrategy):
                 updates=updates,
             )
         self._in_step = False
-        return self._hooks.finish(report, self._is_last)
+        return self._hooks.finish(report, self.global_rank == self.world_size - 1)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -340,7 +301,7 @@ class TSPipeStrategy(ParallelStrategy):
         """A forward of one network through all stages, the same result on every rank."""
         if self._in_step:
             raise MisconfigurationException(
-                f"self.{network}(...) was called while a training step runs, where each rank has one stage only. Use the "
+                f"self.{network}(...) was called in a training step, where each rank has one stage only. Use the "
                 "outputs that `loss` gets; in validation_step, test_step and predict_step the call works."
             )
         assert self._stage is not None and self._comm is not None
@@ -363,31 +324,6 @@ class TSPipeStrategy(ParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             self._shards.load_optimizer_state(optimizer, state, self._groups)
             _lightning.optimizers_to_device([optimizer], self.root_device)
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        if dist.is_initialized() and self.world_size > 1 and not self._failed:
-            dist.barrier()
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not dist.is_initialized() or self.world_size == 1:
-            return obj
-        objects = [obj]
-        dist.broadcast_object_list(objects, src=src)
-        return objects[0]
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor  # one pipeline is one replica: every rank already has the value
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return tensor.unsqueeze(0) if self.world_size > 1 else tensor
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return bool(self.broadcast(decision))
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -415,40 +351,6 @@ class TSPipeStrategy(ParallelStrategy):
             self.precision_plugin.teardown()
         else:
             super().teardown()
-
-
-class _Through:
-    """Stands for a network's forward; an object, so that the module can still be pickled without the strategy."""
-
-    def __init__(self, strategy: TSPipeStrategy, network: Network) -> None:
-        self._strategy, self._network = strategy, network
-
-    def __call__(self, inputs: Any) -> Any:
-        return self._strategy.run_through(self._network, inputs)
-
-
-class _Loading:
-    """Makes the loading rank's batches: Lightning's preparation, the user's input hooks, the cut."""
-
-    def __init__(self, strategy: TSPipeStrategy) -> None:
-        self._strategy = strategy
-        self._index = strategy._module.trainer.fit_loop.total_batch_idx
-
-    def __call__(self, raw: Any) -> Any:
-        strategy, module = self._strategy, self._strategy._module
-        batch = _lightning.prepare_batch(module.trainer, raw)
-        self._index += 1
-        assert strategy._runtime is not None
-        automatic = strategy._microbatches == "auto"
-        return batch, make_batch(
-            self._index,
-            batch,
-            module.student_input(batch),
-            module.teacher_input(batch),
-            module.target(batch),
-            strategy._runtime.microbatches if automatic else int(strategy._microbatches),
-            not automatic,
-        )
 
 
 TSPipeStrategy.register_strategies(StrategyRegistry)

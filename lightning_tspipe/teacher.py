@@ -1,8 +1,8 @@
 """The momentum teacher: which version a step uses, and the update itself.
 
-n counts optimizer steps. After step n the student is theta_n, and xi_n = m_n xi_{n-1} + (1 - m_n) theta_n, with xi_0 the
-teacher as built. Update n is applied lazily, in step n + 1, so that a checkpoint holds the weights that made the teacher
-outputs in flight and no second copy of the teacher is needed.
+n counts optimizer steps. After step n the student is theta_n, and xi_n = m_n xi_{n-1} + (1 - m_n) theta_n, with xi_0
+the teacher as built. Update n is applied lazily, in step n + 1, so that a checkpoint holds the weights that made the
+teacher outputs in flight and no second copy of the teacher is needed.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class cosine_momentum:
             check_momentum(getattr(self, name))
 
     def __call__(self, step: int) -> float:
+        """The momentum of a step, counted from 1."""
         share = min(step - 1, self.num_steps) / self.num_steps
         return self.end - (self.end - self.start) * (math.cos(math.pi * share) + 1) / 2
 

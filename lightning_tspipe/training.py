@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -35,7 +35,7 @@ class TrainingHooks:
     def loss(self, student_out: Any, teacher_out: Any, target: Any) -> tuple[Tensor, LossReport]:
         """Run the user's loss and record what it logs; a faulty result is an error that names the fix."""
         recorder = Recorder(self._names, _lightning.cached_value)
-        self._module.log = recorder.log  # type: ignore[method-assign, assignment]
+        self._module.log = recorder.log  # type: ignore[method-assign]
         try:
             with torch.enable_grad():
                 result = self._module.loss(student_out, teacher_out, target)

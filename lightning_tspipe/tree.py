@@ -75,7 +75,10 @@ def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
     """
     leaves, structure = flatten(tree)
     rows = sum(sizes)
-    parts = [leaf.split(list(sizes)) if leaf.ndim and leaf.shape[0] == rows else [leaf] * len(sizes) for leaf in leaves]
+    parts = [
+        torch.split(leaf, list(sizes)) if leaf.ndim and leaf.shape[0] == rows else [leaf] * len(sizes)
+        for leaf in leaves
+    ]
     return [unflatten([part[index] for part in parts], structure) for index in range(len(sizes))]
 
 

@@ -24,10 +24,10 @@ ORDER = (
     # one rank at work
     *("stage", "data", "comm", "logrelay", "checkpoint", "runtime"),
     # what meets Lightning
-    *("_lightning", "module", "feed", "training", "refuse", "strategy", "cli", "__init__"),
+    *("_lightning", "module", "processes", "feed", "training", "refuse", "strategy", "cli", "__init__"),
 )
 STDLIB_ONLY = {"errors", "schedule", "simulate"}
-KNOW_LIGHTNING = {"_lightning", "module", "training", "refuse", "strategy", "cli", "__init__"}
+KNOW_LIGHTNING = {"_lightning", "module", "processes", "training", "refuse", "strategy", "cli", "__init__"}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
 COMMUNICATES = re.compile(r"send|recv|broadcast|reduce|gather|scatter|all_to_all|barrier|P2POp")
@@ -127,7 +127,7 @@ def who_communicates(source: Source) -> Iterator[str]:
     """comm.py is the only file that sends and receives."""
     if source.module == "comm":
         return
-    allowed = STRATEGY_MAY if source.module == "strategy" else set()
+    allowed = STRATEGY_MAY if source.module in {"strategy", "processes"} else set()
     for node, name in used(source):
         library, _, call = name.rpartition(".")
         of_torch = f"{library}.".startswith("torch.distributed.")

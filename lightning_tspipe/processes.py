@@ -1,0 +1,94 @@
+"""The processes of a strategy: how they start, who is who, and the few collectives that Lightning asks for."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_tspipe import _lightning
+
+
+class ProcessStrategy(ParallelStrategy):
+    """One process per device, started as Lightning's ddp family starts them."""
+
+    _num_nodes = 1
+    _start_method: Literal["popen", "spawn", "fork", "forkserver"]
+    _backend: str | None
+    _timeout: timedelta
+    _failed = False
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning asks a strategy that it does not know of for this, before it syncs logged values."""
+        return True
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of machines."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes on this machine."""
+        return len(self.parallel_devices or ())
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": 1, "rank": 0}
+
+    @override
+    def _configure_launcher(self) -> None:
+        self._launcher = _lightning.make_launcher(self, self._start_method)
+
+    def set_world_ranks(self) -> None:
+        """Called by Lightning before and after the processes have started."""
+        _lightning.set_world_ranks(self)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.set_world_ranks()
+        self._backend = self._backend or ("nccl" if self.root_device.type == "cuda" else "gloo")
+        _lightning.init_process_group(self, self._backend, self._timeout)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized() and self.world_size > 1 and not self._failed:
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized() or self.world_size == 1:
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src=src)
+        return objects[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return tensor  # one pipeline is one replica: every rank already has the value
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return tensor.unsqueeze(0) if self.world_size > 1 else tensor
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return bool(self.broadcast(decision))
