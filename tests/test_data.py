@@ -1,0 +1,49 @@
+"""The header and the cut of a batch."""
+
+import pickle
+
+import pytest
+import torch
+
+from lightning_tspipe.data import make_batch
+
+X, Y = torch.randn(7, 3), torch.arange(7)
+
+
+def test_sizes_views_and_stand_in() -> None:
+    """Seven rows in three parts are 3, 2, 2; a header survives pickling; its stand-in has shapes and no memory."""
+    batch = make_batch(4, [X, Y], [X, X[:, :2]], X, Y, 3, True)
+    assert batch.info.sizes == (3, 2, 2)
+    assert [view.shape for view in batch.student[1]] == [(2, 3), (2, 2)]
+    assert [len(views) for views in batch.teacher] == [1, 1, 1]
+    info = pickle.loads(pickle.dumps(batch.info))
+    assert info == batch.info
+    assert info.student.is_list
+    assert not info.teacher.is_list
+    assert info.key("student", 1) == info.key("student", 2) != info.key("student", 0)
+    assert info.key("student", 1) != info.key("teacher", 1)
+    stand_in = info.stand_in()
+    assert [leaf.shape for leaf in stand_in] == [X.shape, Y.shape]
+    assert all(leaf.is_meta for leaf in stand_in)
+
+
+def test_a_short_batch() -> None:
+    """A number that the user gave is kept or refused; an automatic one shrinks."""
+    with pytest.raises(ValueError, match=r"7 row\(s\) cannot be cut into microbatches=8.*drop_last=True"):
+        make_batch(0, X, X, X, None, 8, True)
+    assert make_batch(0, X, X, X, None, 8, False).info.sizes == (1,) * 7
+
+
+@pytest.mark.parametrize("value", ["text", {"a": 1}, torch.tensor(1.0), []])
+def test_a_batch_without_a_tensor(value: object) -> None:
+    """The hook that returned it is named."""
+    with pytest.raises(ValueError, match=r"student_input\(batch\) has no tensor"):
+        make_batch(0, value, value, value, None, 1, True)
+
+
+def test_rows_that_differ() -> None:
+    """Views, and both networks, see the same samples."""
+    with pytest.raises(ValueError, match=r"have \[5, 7\] rows"):
+        make_batch(0, X, [X, X[:5]], X, None, 1, True)
+    with pytest.raises(ValueError, match=r"student_input\(batch\) has 7 rows and teacher_input\(batch\) has 5"):
+        make_batch(0, X, X, X[:5], None, 1, True)

@@ -1,0 +1,55 @@
+"""Nested outputs come back as they were."""
+
+import pickle
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from lightning_tspipe import tree
+
+
+class Pair(NamedTuple):
+    """A named tuple of two."""
+
+    left: Any
+    right: Any
+
+
+X = torch.arange(10.0).reshape(5, 2)
+TREES = [X, (X, X + 1), [X, "text"], {"a": X, "b": (X, None)}, Pair(X, 3), OrderedDict(z=X, y=[X])]
+
+
+@pytest.mark.parametrize("value", TREES, ids=[type(value).__name__ for value in TREES])
+def test_round_trip(value: Any) -> None:
+    """Types, constants and order survive, and the structure survives pickling."""
+    leaves, structure = tree.flatten(value)
+    back = tree.unflatten(leaves, pickle.loads(pickle.dumps(structure)))
+    assert type(back) is type(value)
+    assert tree.flatten(back)[1] == structure
+    assert all(a is b for a, b in zip(leaves, tree.flatten(back)[0], strict=True))
+
+
+@pytest.mark.parametrize("value", TREES, ids=[type(value).__name__ for value in TREES])
+def test_split_then_merge(value: Any) -> None:
+    """Microbatches of unequal sizes join to the batch they came from."""
+    parts = tree.split(value, [2, 2, 1])
+    assert [tree.flatten(part)[0][0].shape[0] for part in parts] == [2, 2, 1]
+    merged = tree.merge(parts)
+    assert all(torch.equal(a, b) for a, b in zip(tree.flatten(value)[0], tree.flatten(merged)[0], strict=True))
+
+
+def test_what_has_no_batch_dimension_goes_to_every_microbatch() -> None:
+    """A mask of another size and a number are not cut, and outputs without rows cannot be joined."""
+    parts = tree.split((X, torch.ones(3), torch.tensor(1.0)), [3, 2])
+    assert [part[1].shape[0] for part in parts] == [3, 3]
+    with pytest.raises(ValueError, match="without a batch dimension"):
+        tree.merge([torch.tensor(1.0), torch.tensor(2.0)])
+
+
+def test_structures_differ_when_nesting_or_constants_do() -> None:
+    """That is how a network that changes its output is found out."""
+    assert tree.flatten((X, X))[1] != tree.flatten([X, X])[1]
+    assert tree.flatten({"a": X})[1] != tree.flatten({"b": X})[1]
+    assert tree.flatten((X, 1))[1] != tree.flatten((X, 2))[1]
