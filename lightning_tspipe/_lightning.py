@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,15 +20,44 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException
 from torch.optim import Optimizer
 from torchmetrics import Metric
+
+from lightning_tspipe.errors import PipelineError
+
+SIGTERM_CODE = 143
 
 
 def make_launcher(strategy: Any, start_method: Any) -> Any:
     """The launchers of Lightning's ddp family."""
     if start_method == "popen":
         return _SubprocessScriptLauncher(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
-    return _MultiProcessingLauncher(strategy, start_method=start_method)
+    return Launcher(strategy, start_method=start_method)
+
+
+class Launcher(_MultiProcessingLauncher):
+    """Lightning reports an exception of a spawned process in the main process only, and then waits for its result."""
+
+    def launch(self, function: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the processes and wait for them."""
+        try:
+            return super().launch(partial(_run_in_child, function), *args, trainer=trainer, **kwargs)
+        except ProcessExitedException as error:
+            if error.exit_code == SIGTERM_CODE:
+                raise SIGTERMException(SIGTERM_CODE) from None
+            rank = error.error_index
+            raise PipelineError(f"rank {rank} (stage {rank}) died: {error}") from error
+
+
+def _run_in_child(function: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except BaseException as exception:
+        trainer = function.__self__
+        trainer.strategy.on_exception(exception)
+        trainer._teardown()
+        raise
 
 
 def set_world_ranks(strategy: Any) -> None:
@@ -171,6 +201,11 @@ def forbid_distributed_sampler(trainer: pl.Trainer) -> None:
 def metrics_of(module: pl.LightningModule) -> Iterator[tuple[str, Metric]]:
     """Every torchmetrics object of the user's module, by attribute name."""
     return ((name, child) for name, child in module.named_modules() if isinstance(child, Metric))
+
+
+def stop_syncing(metric: Metric) -> None:
+    """No collective in `compute`; `_to_sync` would follow `sync_on_compute` only after a `forward` on this rank."""
+    metric.sync_on_compute = metric._to_sync = False
 
 
 def cached_value(metric: Metric) -> Tensor | None:

@@ -25,6 +25,7 @@ from lightning_tspipe.data import Shapes, shapes_of
 from lightning_tspipe.errors import PipelineError
 
 HEADER_BYTES = 2048
+LINGER = timedelta(seconds=5)
 KINDS = ("T", "F", "B", "L", "Y")  # teacher, student, gradients, loss and logged values, targets
 LINES = ("header", "relay", "eval", *KINDS)
 
@@ -49,6 +50,7 @@ class FailureBoard:
         self.failed = True
         with suppress(Exception):  # the store died with rank 0: the others find out in the same way
             self._store.compare_set("failure", "", text)
+            self._store.set(f"seen {self._rank}", "")
 
     def explain(self, peer: int) -> PipelineError:
         """The error to raise when the connection to `peer` is gone."""
@@ -56,11 +58,20 @@ class FailureBoard:
         try:
             if not self._store.check(["failure"]):
                 self._store.compare_set("failure", "", died.format(peer))
+                self._store.set(f"seen {peer}", "")
             text = self._store.get("failure").decode()
+            self._store.set(f"seen {self._rank}", "")
         except Exception:
             text = died.format(0)
         self.failed = True
         return PipelineError(f"Rank {self._rank} stops because the pipeline lost a rank: {text}")
+
+    def linger(self, stages: int) -> None:
+        """On rank 0, whose end takes the board away: wait until every other rank has read it or is dead."""
+        if self._rank:
+            return
+        with suppress(Exception):  # it took too long: they will say that rank 0 died
+            self._store.wait([f"seen {rank}" for rank in range(1, stages)], LINGER)
 
 
 class Line:

@@ -97,6 +97,12 @@ class TeacherStudentModule(pl.LightningModule):
         return self.student
 
     @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "teacher" and isinstance(value, nn.Module):
+            value.requires_grad_(False)  # here, since DDP looks for trainable parameters before any step runs
+
+    @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The student's output; override it for anything else."""
         return self.student(*args, **kwargs)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import LBFGS, Optimizer
 
 from lightning_tspipe.module import TeacherStudentModule
+from lightning_tspipe.partition import BALANCES
 
 _AVERAGES = "it averages the whole model, which no rank holds. Average the saved checkpoints instead"
 _CALLBACKS = {
@@ -20,6 +21,24 @@ _CALLBACKS = {
     "BatchSizeFinder": "it runs trial fits that reload the whole model. Find the batch size with strategy='auto'",
     "BackboneFinetuning": "it adds parameter groups while training. Give all groups in configure_optimizers",
 }
+SEVERAL_OPTIMIZERS = (
+    "strategy='tspipe' cannot run several optimizers: the stages step once per batch. Return one optimizer with "
+    "several parameter groups."
+)
+
+
+def check_strategy_arguments(stages: object, balance: object, start_method: str, backend: str | None) -> None:
+    """Raises ValueError for a constructor argument of the strategy that can never work."""
+    if stages != "auto" and (not isinstance(stages, int) or stages < 1):
+        raise ValueError(f'stages={stages!r}: give a number of at least 1, or "auto"')
+    if isinstance(balance, str) and balance not in BALANCES:
+        raise ValueError(f"balance={balance!r} is unknown: choose from {', '.join(map(repr, BALANCES))}, or give cuts")
+    for name, value, choices in (
+        ("start_method", start_method, ("popen", "spawn", "fork", "forkserver")),
+        ("process_group_backend", backend, (None, "nccl", "gloo")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(map(repr, choices))}")
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, devices: int, stages: int | str) -> None:
@@ -31,10 +50,7 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, devices: int,
 def check_optimizers(optimizers: list[Optimizer]) -> None:
     """Raises MisconfigurationException for optimizers that need the whole model at once."""
     if len(optimizers) > 1:
-        raise MisconfigurationException(
-            "strategy='tspipe' cannot run several optimizers: the stages step once per batch. Return one optimizer "
-            "with several parameter groups."
-        )
+        raise MisconfigurationException(SEVERAL_OPTIMIZERS)
     if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
         raise MisconfigurationException(
             "strategy='tspipe' cannot run LBFGS: it evaluates the closure several times per step. Use a first-order "

@@ -16,7 +16,7 @@ from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, Shapes, shapes_of
 from lightning_tspipe.logrelay import Entry, LossReport, mean_of
 from lightning_tspipe.plan import Planner
-from lightning_tspipe.schedule import Action, Op, Schedule, lower, step_order
+from lightning_tspipe.schedule import Action, Costs, Op, Schedule, lower, step_order
 from lightning_tspipe.stage import Network, Stage, differentiable
 from lightning_tspipe.teacher import MomentumTeacher
 
@@ -33,6 +33,9 @@ class StepHooks(Protocol):
 
     def before_backward(self, loss: Tensor) -> Tensor:
         """Called on every rank before its first backward; returns what is differentiated on the last rank."""
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """What is differentiated for a microbatch after the first one of a batch."""
 
     def after_backward(self, loss: Tensor) -> None:
         """Called on every rank after its last backward."""
@@ -84,6 +87,7 @@ class Runtime:
         self._next: Batch | None = None
         self._pending: Batch | None = None  # its teacher work has begun somewhere in the pipeline
         self._programs: dict[tuple[int, int], tuple[Op, ...]] = {}
+        self.current: Schedule | None = None  # of the last step
         self.busy: dict[str, float] = {"T": 0.0, "F": 0.0, "B": 0.0}
         self._table: dict[tuple[str, str], Handler] = {
             ("recv", "T"): lambda batch, q: self._post("T", batch, q),
@@ -101,6 +105,11 @@ class Runtime:
     def microbatches(self) -> int:
         """How many microbatches the planner wants."""
         return self._planner.microbatches
+
+    @property
+    def costs(self) -> Costs:
+        """What the planner takes the stages to cost."""
+        return self._planner.costs
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule that steps of that many microbatches follow."""
@@ -133,6 +142,7 @@ class Runtime:
             The loss and what it logged, the same on every rank.
         """
         self._hooks, self._next = hooks, None
+        self.current = self.schedule(batch.info.microbatches)
         self._versions[batch.info.index], self._completed = version, completed
         self._reports, self._report, self._backwards, self._pending = [], None, 0, None
         self._expected.clear()
@@ -332,7 +342,7 @@ class Runtime:
         if self._reports_complete(batch):
             self._teacher_out.pop(index, None)
             self._publish()
-        scaled = self._hooks.before_backward(loss) if first else loss
+        scaled = self._hooks.before_backward(loss) if first else self._hooks.scale(loss)
         if not whole:
             scaled = scaled / len(sizes)
         torch.autograd.backward(scaled)

@@ -119,7 +119,7 @@ class Schedule:
     @property
     def ahead(self) -> tuple[int, ...]:
         """For each rank how many teacher forwards of the next batch it makes in a step (s_k)."""
-        return tuple(sum(action.ahead for action in row) for row in self.ranks)
+        return tuple(sum(action.ahead and action.kind == "T" for action in row) for row in self.ranks)
 
     def __str__(self) -> str:
         rows = (f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.ranks))
@@ -308,8 +308,7 @@ def make_schedule(
     Of a batch's teacher forwards rank k makes ``s_k`` a step ahead, in the hole before B0, the others in the hole
     before F0. A search picks the ``s_k``: it minimises the step time as given plus that with messages slower by 2 %
     of an action (so that ranks do not wait for each other's every jitter), never exceeds the step time of the plain
-    order (all s_k = 0), and among equals makes the fewest ahead, which needs the least memory. ValueError if an
-    argument is out of range.
+    order (all s_k = 0), and among equals makes the fewest ahead (less memory). ValueError for a bad argument.
 
     Args:
         stages: P, at least 1.
@@ -323,9 +322,7 @@ def make_schedule(
     _require_scalars(stages, microbatches, loss_over, costs)
     costs = costs or Costs.uniform(stages)
     ahead = _search_ahead(microbatches, costs) if lookahead else (0,) * stages
-    own, forward, backward = (
-        [Action(kind, q) for q in range(microbatches)] for kind in get_args(Literal["T", "F", "B"])
-    )
+    own, forward, backward = ([Action(kind, q) for q in range(microbatches)] for kind in get_args(Kind)[:3])
     rows = tuple((*own[s:], *forward, *(replace(a, ahead=True) for a in own[:s]), *backward) for s in ahead)
     schedule = Schedule(stages, microbatches, loss_over, rows)
     validate(schedule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,11 +11,13 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -29,9 +32,9 @@ from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.partition import Balance, Partition, partition
 from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
 from lightning_tspipe.processes import ProcessStrategy
-from lightning_tspipe.refuse import check_optimizers, check_trainer
+from lightning_tspipe.refuse import SEVERAL_OPTIMIZERS, check_optimizers, check_strategy_arguments, check_trainer
 from lightning_tspipe.runtime import Runtime
-from lightning_tspipe.schedule import Schedule
+from lightning_tspipe.schedule import Costs, Schedule
 from lightning_tspipe.stage import Network, Stage
 from lightning_tspipe.teacher import MomentumTeacher, pair_parameters
 from lightning_tspipe.training import MetricSync, TrainingHooks
@@ -72,6 +75,7 @@ class TSPipeStrategy(ProcessStrategy):
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         check_plan_arguments(microbatches, schedule)
+        check_strategy_arguments(stages, balance, start_method, process_group_backend)
         self._stages, self._microbatches, self._schedule, self._balance = stages, microbatches, schedule, balance
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
         self._comm: Comm | None = None
@@ -97,10 +101,13 @@ class TSPipeStrategy(ProcessStrategy):
 
     @property
     def plan(self) -> Schedule | None:
-        """The schedule that full batches follow; None outside of a fit."""
-        if self._runtime is None or self._feed is None or self._feed.current is None:
-            return None
-        return self._runtime.schedule(self._feed.current.info.microbatches)
+        """The schedule of the last step; None outside of a fit."""
+        return None if self._runtime is None else self._runtime.current
+
+    @property
+    def costs(self) -> Costs | None:
+        """The costs that the schedule was made for; None outside of a fit."""
+        return None if self._runtime is None else self._runtime.costs
 
     @property
     def busy(self) -> dict[str, float]:
@@ -122,7 +129,6 @@ class TSPipeStrategy(ProcessStrategy):
         module, stages, rank = self._module, self.world_size, self.global_rank
         module.check_networks()
         self.model = self.precision_plugin.convert_module(module)
-        module.teacher.requires_grad_(False)
         module.train(module.training)  # gives the teacher its own mode
         source = None if module.momentum is None else module.ema_source()
         parts = partition(module.student, module.teacher, stages, self._balance, source)
@@ -146,7 +152,12 @@ class TSPipeStrategy(ProcessStrategy):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        super().setup_optimizers(trainer)
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:  # Lightning's text sends the user to manual optimization, which is refused too
+            if "multiple optimizers" in str(error):
+                raise MisconfigurationException(SEVERAL_OPTIMIZERS) from error
+            raise
         check_optimizers(self.optimizers)
         assert self._shards is not None
         self._groups = []
@@ -187,7 +198,7 @@ class TSPipeStrategy(ProcessStrategy):
         if self._comm is None:
             return
         for _, metric in _lightning.metrics_of(module):
-            metric.sync_on_compute = False
+            _lightning.stop_syncing(metric)
         networks: tuple[Network, ...] = ("student", "teacher")
         for name in networks:
             network = getattr(module, name)
@@ -331,6 +342,8 @@ class TSPipeStrategy(ProcessStrategy):
         if self._comm is not None and not isinstance(exception, PipelineError | SystemExit):
             text = "".join(traceback.format_exception(exception))
             self._comm.board.report(f"rank {self.global_rank} (stage {self.global_rank}) failed:\n{text}")
+        if isinstance(exception, SIGTERMException):
+            exception.code = 128 + signal.SIGTERM
         if isinstance(exception, SystemExit) and self._runtime is not None:
             self._failed = False  # an orderly end: every rank is at the same step boundary
             self.on_train_end()
@@ -346,6 +359,9 @@ class TSPipeStrategy(ProcessStrategy):
             if not self._failed:
                 self._comm.drain()
             self._comm.close()
+            if self._failed:
+                dist.destroy_process_group()  # wakes the peers that wait for this rank
+                self._comm.board.linger(self.world_size)
         self._comm = self._shards = self._stage = self._runtime = self._feed = self._teacher = None
         if self._failed:
             self.precision_plugin.teardown()

@@ -57,6 +57,10 @@ class TrainingHooks:
         self._trainer.strategy.pre_backward(scaled)
         return precision.pre_backward(scaled, self._module)
 
+    def scale(self, loss: Tensor) -> Tensor:
+        """What is differentiated for a microbatch after the first, without the hooks that fire once per batch."""
+        return loss / self._trainer.accumulate_grad_batches
+
     def after_backward(self, loss: Tensor) -> None:
         """Fire the hooks that Lightning fires after a backward."""
         scaled = loss / self._trainer.accumulate_grad_batches

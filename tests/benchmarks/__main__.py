@@ -38,7 +38,7 @@ class Goal:
 
     def met(self, value: float) -> bool:
         """Whether ``value`` keeps the bound."""
-        return {">=": operator.ge, "<=": operator.le, "<": operator.lt}[self.sign](value, self.bound)
+        return bool({">=": operator.ge, "<=": operator.le, "<": operator.lt}[self.sign](value, self.bound))
 
 
 GOALS = (

@@ -19,6 +19,8 @@ class EmulatedPair(TeacherStudentModule):
         problem: What to train.
     """
 
+    student: nn.Sequential
+
     def __init__(self, problem: Problem) -> None:
         super().__init__()
         self.teacher, self.student = problem.networks()

@@ -1,0 +1,189 @@
+"""Trainings that must be refused; every rank writes the error that it got."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tspipe import TSPipeStrategy
+from tests.scripts.small import Small, loader, network, trainer
+
+
+class NoStudent(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.student
+
+
+class NoTeacher(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.teacher
+
+
+class NoSource(Small):
+    def __init__(self) -> None:
+        super().__init__(momentum=0.9)
+        self.teacher = network(4, 8, 8, 2, 2)
+
+
+class OtherShapes(Small):
+    def __init__(self) -> None:
+        super().__init__(momentum=0.9)
+        self.teacher = network(4, 9, 8, 2)
+
+
+class OneLayer(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = network(4, 2)
+
+
+class SharedAcrossStages(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = network(4, 4, 4, 4)
+        self.teacher = network(4, 4)
+        self.teacher.append(nn.Tanh())
+        self.student[2].weight = self.student[0].weight
+
+
+class TeacherIsStudent(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = self.student
+
+
+class NoTensor(Small):
+    def student_input(self, batch: Any) -> Any:
+        return "a caption"
+
+
+class DifferentRows(Small):
+    def teacher_input(self, batch: Any) -> Any:
+        return batch[0][:-1]
+
+
+class LossOfManyNumbers(Small):
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Any:
+        return (student_out - teacher_out).square()
+
+
+class LossIsNoTensor(Small):
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Any:
+        return 1.0
+
+
+class DictWithoutLoss(Small):
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Any:
+        return {"total": (student_out - teacher_out).square().mean()}
+
+
+class DetachedLoss(Small):
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Any:
+        return (student_out.detach() - teacher_out).square().mean()
+
+
+class LossOfAnotherParameter(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Any:
+        return (self.scale * teacher_out).square().mean()
+
+
+class NoLoss(Small):
+    loss = Small.__mro__[1].loss  # type: ignore[attr-defined]
+
+
+class Fickle(nn.Module):
+    """Returns a tensor for the first batches and a tuple later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = nn.Linear(2, 2), 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self.inner(x) if self.calls <= 4 else {"out": self.inner(x)}
+
+
+class FickleStudent(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student.append(Fickle())
+
+
+class FickleStudentWithin(Small):
+    """The change happens between stages, where the next rank receives the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Sequential(network(4, 2), Fickle(), network(2, 8, 8, 2))
+
+
+class FickleTeacher(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.student).append(Fickle())
+
+
+class TrainsTeacher(Small):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class TwoOptimizers(Small):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in self.student]
+
+
+class UsesLBFGS(Small):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.student.parameters())
+
+
+class ManualOptimization(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class CallsStudentInLoss(Small):
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Any:
+        return self.student(torch.ones(3, 4)).mean() + student_out.mean()
+
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "FickleStudentWithin": {"balance": {"student": [2, 3]}},
+    "UnknownBalance": {"balance": "speed"},
+    "WrongCuts": {"balance": [1, 1]},
+    "SmallBatch": {"microbatches": 5},
+}
+
+
+def run(rank: int, out: Path, case: str) -> None:
+    """One rank of one case."""
+    module = globals().get(case, Small)()
+    try:
+        fit = trainer(2, TSPipeStrategy(**({"microbatches": 2} | STRATEGIES.get(case, {}))))
+        fit.fit(module, loader())
+    except BaseException as error:
+        answer = {"type": type(error).__name__, "text": str(error)}
+        (out / f"{rank}.json").write_text(json.dumps(answer))
+        raise
+
+
+def run_forked(rank: int, out: Path, case: str) -> None:
+    """The same, with processes that Lightning forks: the script itself gets the error."""
+    try:
+        trainer(2, "tspipe_fork").fit(globals()[case](), loader())
+    except BaseException as error:
+        (out / "0.json").write_text(json.dumps({"type": type(error).__name__, "text": str(error)}))
+        raise

@@ -1,0 +1,153 @@
+"""One test per private name that `lightning_tspipe/_lightning.py` leans on: it fails when a release drops the name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from torch import nn
+from torchmetrics import MeanMetric
+
+from lightning_tspipe import _lightning
+from tests.scripts.small import Small, loader, trainer
+
+# where `_lightning.py` finds each private name that it imports or reads from a module
+MODULE_NAMES = {
+    "_init_dist_connection": "lightning.fabric.utilities.distributed",
+    "_optimizers_to_device": "lightning.fabric.utilities.optimizer",
+    "_MultiProcessingLauncher": "lightning.pytorch.strategies.launchers",
+    "_SubprocessScriptLauncher": "lightning.pytorch.strategies.launchers",
+    "_call_lightning_module_hook": "lightning.pytorch.trainer.call",
+}
+PARAMETERS = {
+    "_init_dist_connection": ("cluster_environment", "torch_distributed_backend", "kwargs"),
+    "_optimizers_to_device": ("optimizers", "device"),
+    "_MultiProcessingLauncher": ("strategy", "start_method"),
+    "_SubprocessScriptLauncher": ("cluster_environment", "num_processes", "num_nodes"),
+    "_call_lightning_module_hook": ("trainer", "hook_name"),
+}
+# private attributes of objects, tested below by name
+ATTRIBUTES = {
+    "LightningOptimizer": {"_optimizer"},
+    "fit loop": {"_should_accumulate", "_skip_backward", "_data_fetcher"},
+    "epoch loop": {"_broadcast_sigterm_tensor"},
+    "automatic optimization": {"_on_before_zero_grad", "_optimizer_zero_grad"},
+    "module": {"_on_before_batch_transfer", "_apply_batch_transfer_handler"},
+    "trainer": {"_signal_connector", "_accelerator_connector", "_teardown"},
+    "signal connector": {"_sigterm_notifier_fn"},
+    "metric": {"_forward_cache", "_update_count", "_computed", "_to_sync"},
+    "fetcher": {"_start_profiler", "_stop_profiler"},
+    "thread": {"_child_processes"},
+}
+
+
+class Probe(L.Callback):
+    """The trainer's private parts while it runs."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        loop = trainer.fit_loop
+        self.seen = {
+            "fit loop": loop,
+            "epoch loop": loop.epoch_loop,
+            "automatic optimization": loop.epoch_loop.automatic_optimization,
+            "module": trainer.lightning_module,
+            "trainer": trainer,
+            "signal connector": trainer._signal_connector,
+            "fetcher": loop._data_fetcher,
+            "metric": MeanMetric(),
+            "LightningOptimizer": trainer.lightning_module.optimizers(),
+        }
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Any]:
+    """The objects of a run under Lightning's own strategy."""
+    probe = Probe()
+    trainer(1, "auto", callbacks=[probe]).fit(Small(), loader(8))
+    return probe.seen
+
+
+@pytest.mark.parametrize("name", MODULE_NAMES)
+def test_names_of_modules(name: str) -> None:
+    found = inspect.signature(getattr(importlib.import_module(MODULE_NAMES[name]), name)).parameters
+    assert set(PARAMETERS[name]) <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [(part, name) for part in ATTRIBUTES if part != "thread" for name in sorted(ATTRIBUTES[part])]
+)
+def test_names_of_objects(parts: dict[str, Any], part: str, name: str) -> None:
+    assert hasattr(parts[part], name)
+
+
+def test_every_private_name_is_listed() -> None:
+    """A private name that `_lightning.py` starts to use has to be added here."""
+    source = inspect.getsource(_lightning)
+    used = set(re.findall(r"(?<!self)\._([a-z]\w*)", source)) | set(re.findall(r"\._loop\._([a-z]\w*)", source))
+    kinds = [kind for kind in vars(_lightning).values() if inspect.isclass(kind)]
+    kinds = [kind for kind in kinds if kind.__module__ == _lightning.__name__]
+    own = {name for kind in kinds for name in (*vars(kind), *re.findall(r"self\.(_\w+)", inspect.getsource(kind)))}
+    listed = set(MODULE_NAMES).union(*ATTRIBUTES.values())
+    packages = set(re.findall(r"lightning_tspipe\.(_\w+)", source))
+    assert {f"_{name}" for name in used} - own - packages <= listed
+
+
+def test_the_wrapped_optimizer_is_within(parts: dict[str, Any]) -> None:
+    wrapped = parts["LightningOptimizer"]
+    assert isinstance(wrapped, LightningOptimizer)
+    assert isinstance(_lightning.plain_optimizer(wrapped), torch.optim.SGD)
+
+
+@pytest.mark.parametrize("name", ["_optimizer_step", "_make_closure"])
+def test_the_closure_asks_for_skip_backward(parts: dict[str, Any], name: str) -> None:
+    source = inspect.getsource(type(parts["automatic optimization"]))
+    assert "_skip_backward" in source
+    assert name in source
+
+
+def test_fetchers_are_what_ours_stands_for() -> None:
+    ours, theirs = _lightning.Fetcher, _DataFetcher
+    wanted = {name for name in vars(theirs) if not name.startswith("_") and callable(getattr(theirs, name))}
+    missing = {name for name in wanted if not hasattr(ours, name)} - {"setup"}
+    assert not missing, "Lightning's fetchers have methods that ours lack"
+
+
+def test_the_fit_loop_broadcasts_the_signal_before_each_batch(parts: dict[str, Any]) -> None:
+    assert "_broadcast_sigterm_tensor()" in inspect.getsource(type(parts["epoch loop"]))
+
+
+def test_the_observer_of_children_has_its_name() -> None:
+    module = importlib.import_module("lightning.pytorch.strategies.launchers.subprocess_script")
+    assert module._launch_process_observer
+    source = Path(str(importlib.import_module("lightning.fabric.strategies.launchers.subprocess_script").__file__))
+    text = source.read_text()
+    assert 'name="child-process-observer"' in text
+    assert "self._child_processes" in text
+
+
+def test_metric_states() -> None:
+    """A metric takes over the state and the last value of another."""
+    here, there = MeanMetric(), MeanMetric()
+    there(torch.tensor(3.0))
+    assert _lightning.cached_value(there) == 3.0
+    _lightning.set_cached_value(here, _lightning.cached_value(there))
+    assert _lightning.cached_value(here) == 3.0
+    _lightning.adopt_state(here, there.metric_state)
+    assert here.compute() == 3.0
+
+
+def test_metrics_are_found_by_attribute_name() -> None:
+    module = Small()
+    module.inner = nn.ModuleDict({"mean": MeanMetric()})
+    assert [name for name, _ in _lightning.metrics_of(module)] == ["inner.mean"]
