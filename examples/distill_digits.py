@@ -115,7 +115,7 @@ def main():
 
     L.seed_everything(0, verbose=False)
     teacher = convnet(options.teacher_width, 4)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # "tspipe" starts this script again, and shares rank 0's weights
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # "tspipe" starts this script again, and shares rank 0's weights
         _, teacher_accuracy, _ = run(Classify(teacher), data, options.teacher_epochs)
 
     trainer, distilled, pipeline = run(Distill(teacher, student()), data, options.epochs, "tspipe", devices=2)
@@ -124,8 +124,12 @@ def main():
     _, _, twin = run(Distill(teacher, student()), data, options.epochs)
     _, plain, _ = run(Classify(student()), data, options.epochs)
     print(f"test accuracy    teacher {teacher_accuracy:.3f}   distilled {distilled:.3f}   plain {plain:.3f}")
-    print(f"step time        pipeline {pipeline.step * 1e3:.1f} ms over 2 processes   twin {twin.step * 1e3:.1f} ms in one")
-    print(f"                 the pipeline runs at {twin.step / pipeline.step:.2f} times the speed of its sequential twin")
+    print(
+        f"step time        pipeline {pipeline.step * 1e3:.1f} ms over 2 processes   twin {twin.step * 1e3:.1f} ms in one"
+    )
+    print(
+        f"                 the pipeline runs at {twin.step / pipeline.step:.2f} times the speed of its sequential twin"
+    )
     print(f"utilization      {pipeline.utilization:.2f} of the ranks' time is spent in T, F and B")
     print(f"\nschedule of a step (a prime marks the next batch)\n{pipeline.plan}")
     print(f"\nas planned, from an estimate by parameter counts\n{draw(timeline(pipeline.plan, pipeline.costs))}")

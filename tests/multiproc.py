@@ -26,6 +26,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_tspipe import TSPipeStrategy
+from tests.ports import free_port
 
 TWIN = 0  # number of stages that stands for `strategy="auto"`
 
@@ -232,7 +233,7 @@ def _drive(fits: Sequence[Fit], folder: Path) -> None:
     # Lightning refuses to fork after a mere look at CUDA by some earlier test; nothing here uses CUDA.
     torch.cuda._is_in_bad_fork = lambda: False
     for index, fit in enumerate(fits):
-        os.environ.pop("MASTER_PORT", None)  # each fit takes a free one
+        os.environ["MASTER_PORT"] = str(free_port())
         if fit.stages != TWIN:
             _train(fit, folder / str(index))
             continue

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.ports import free_port
 from tests.scripts.zygote import ROOT, Zygote
 
 LIMIT_S = 10.0
@@ -114,7 +115,12 @@ class Script:
         self.folder, self.marker = folder, uuid.uuid4().hex
         own = {"TSPIPE_TEST_DIR": str(folder), "TSPIPE_TEST_MARK": self.marker, "TSPIPE_TEST_DEVICES": str(ranks)}
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        common = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+        common = {
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": path,
+            "MASTER_PORT": str(free_port()),
+        }
         self._log = (folder / "script.txt").open("w")
         self.main = subprocess.Popen(
             [sys.executable, str(ROOT / "tests/scripts/train.py")],

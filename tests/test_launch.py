@@ -17,7 +17,8 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_tspipe import TSPipeStrategy
-from tests.scripts.zygote import ROOT, Zygote, free_port
+from tests.ports import free_port
+from tests.scripts.zygote import ROOT, Zygote
 
 FITS = "tests.scripts.fits"
 
@@ -43,7 +44,7 @@ def run(zygote: Zygote, name: str, ranks: int, folder: Path, **arguments: Any) -
 def run_script(*command: str) -> None:
     """Run a command to its end, within a deadline and with nothing left behind."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "MASTER_PORT": str(free_port())}
     process = subprocess.Popen(
         [sys.executable, *command],
         env=os.environ | own,

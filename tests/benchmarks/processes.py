@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -18,13 +17,6 @@ def limit_threads() -> None:
     """Give this process and all that it forks one thread each; call it before torch is imported."""
     for name in THREAD_VARIABLES:
         os.environ[name] = "1"
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_forked(function: Callable[..., Any], num_processes: int, *args: Any, timeout_s: float) -> list[Any]:

@@ -12,7 +12,8 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from tests.benchmarks.measure import Measurement, step_seconds
 from tests.benchmarks.problem import LEARNING_RATE, Problem
-from tests.benchmarks.processes import free_port, run_forked
+from tests.benchmarks.processes import run_forked
+from tests.ports import free_port
 
 
 class FusedStage(nn.Module):
