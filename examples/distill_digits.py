@@ -124,12 +124,9 @@ def main():
     _, _, twin = run(Distill(teacher, student()), data, options.epochs)
     _, plain, _ = run(Classify(student()), data, options.epochs)
     print(f"test accuracy    teacher {teacher_accuracy:.3f}   distilled {distilled:.3f}   plain {plain:.3f}")
-    print(
-        f"step time        pipeline {pipeline.step * 1e3:.1f} ms over 2 processes   twin {twin.step * 1e3:.1f} ms in one"
-    )
-    print(
-        f"                 the pipeline runs at {twin.step / pipeline.step:.2f} times the speed of its sequential twin"
-    )
+    ours, other = pipeline.step, twin.step
+    print(f"step time        pipeline {ours * 1e3:.1f} ms over 2 processes   twin {other * 1e3:.1f} ms in one")
+    print(f"speed-up         {other / ours:.2f} over the sequential twin")
     print(f"utilization      {pipeline.utilization:.2f} of the ranks' time is spent in T, F and B")
     print(f"\nschedule of a step (a prime marks the next batch)\n{pipeline.plan}")
     print(f"\nas planned, from an estimate by parameter counts\n{draw(timeline(pipeline.plan, pipeline.costs))}")
