@@ -1,0 +1,25 @@
+"""Keeps pytest's own process clean: most tests fork from it, or start scripts in its environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+
+
+@pytest.fixture(autouse=True)
+def clean_process() -> Iterator[None]:
+    """A test that trains in pytest's process fails: scripts that are started later would believe in a launcher."""
+    before = {name: os.environ.get(name) for name in (*LAUNCH, "OMP_NUM_THREADS")}
+    yield
+    after = {name: os.environ.get(name) for name in before}
+    for name, value in before.items():  # so that the culprit alone fails
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    assert after == before, "this test must run in a process of its own (tests.multiproc.result_of): it set variables"
+    assert not dist.is_initialized(), "this test must run in a process of its own: it left torch.distributed running"
