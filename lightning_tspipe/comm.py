@@ -25,6 +25,8 @@ from lightning_tspipe.data import Shapes, shapes_of
 from lightning_tspipe.errors import PipelineError
 
 HEADER_BYTES = 2048
+POSTED = 2  # receives that each channel may always have posted at once
+POSTED_BYTES = 16 * 2**20  # more of them only while they take less memory than this
 LINGER = timedelta(seconds=5)
 KINDS = ("T", "F", "B", "L", "Y")  # teacher, student, gradients, loss and logged values, targets
 LINES = ("header", "relay", "eval", *KINDS)
@@ -113,10 +115,10 @@ class Line:
         return pickle.loads(payload.numpy().tobytes())
 
     def _isend(self, tensor: Tensor) -> dist.Work:
-        return self._comm.start(dist.isend, tensor, self._peer, self._comm.control, self._tag)
+        return self._comm.start(self._comm.control.send, tensor, self._peer, self._peer, self._tag)
 
     def _irecv(self, tensor: Tensor) -> dist.Work:
-        return self._comm.start(dist.irecv, tensor, self._peer, self._comm.control, self._tag)
+        return self._comm.start(self._comm.control.recv, tensor, self._peer, self._peer, self._tag)
 
 
 class _Receive:
@@ -135,15 +137,23 @@ class Channel:
     def __init__(self, comm: Comm, kind: str, peer: int, group: dist.ProcessGroup) -> None:
         self._comm, self._peer, self._group, self._kind = comm, peer, group, kind
         self._tag = 1 + KINDS.index(kind)
+        self._place = dist.get_group_rank(group, peer)
         self._line = Line(comm, kind, peer)
         self._known: dict[Hashable, tuple[tree.Structure, Shapes]] = {}
         self._receives: deque[_Receive] = deque()
+        self._waiting: deque[_Receive] = deque()  # those of `_receives` that are not posted yet
+        self._posted_bytes = 0
         self._sent: deque[tuple[list[dist.Work], list[Tensor]]] = deque()
         self._old = 0
 
     def know(self, key: Hashable, structure: tree.Structure, shapes: Shapes) -> None:
         """Both ends know what this key looks like, so it needs no announcement."""
         self._known.setdefault(key, (structure, shapes))
+        self._flush()
+
+    def knows(self, key: Hashable) -> bool:
+        """Whether this end knows what the key looks like."""
+        return key in self._known
 
     def send(self, key: Hashable, value: Any) -> None:
         """Send without waiting; the tensors must not be changed until `retire`."""
@@ -158,25 +168,34 @@ class Channel:
                 f"{self._known[key]}, now {meta}. Outputs must have the same shapes for the same input shapes."
             )
         buffers = [self._comm.to_wire(leaf) for leaf in leaves]
-        works = [self._comm.start(dist.isend, buffer, self._peer, self._group, self._tag) for buffer in buffers]
+        works = [self._comm.start(self._group.send, b, self._peer, self._place, self._tag) for b in buffers]
         self._comm.messages[self._kind] += len(works)
         self._sent.append((works, buffers))
 
     def post(self, key: Hashable) -> None:
-        """Post the receive of the next message; it is put off while its shapes are not known yet."""
-        self._receives.append(_Receive(key))
+        """Post the receive of the next message.
+
+        It is put off while its shapes are not known yet, or while many bytes wait already.
+        """
+        receive = _Receive(key)
+        self._receives.append(receive)
+        self._waiting.append(receive)
         self._flush()
 
     def take(self) -> Any:
         """Wait for the oldest posted message."""
         receive = self._receives[0]
         if receive.works is None:
-            self._known[receive.key] = self._line.take()
-            self._flush()
+            if receive.key not in self._known:
+                self._known[receive.key] = self._line.take()
+            self._flush(at_least=1)
         assert receive.works is not None
         for work in receive.works:
             self._comm.wait(work, self._peer)
         self._receives.popleft()
+        self._posted_bytes -= sum(buffer.nbytes for buffer in receive.buffers)
+        if self._waiting:
+            self._flush()
         leaves = [self._comm.from_wire(buffer) for buffer in receive.buffers]
         return tree.unflatten(leaves, self._known[receive.key][0])
 
@@ -192,17 +211,16 @@ class Channel:
         self.retire(self._old)
         self._old = len(self._sent)
 
-    def _flush(self) -> None:
-        for receive in self._receives:
-            if receive.works is None:
-                if receive.key not in self._known:
-                    return
-                shapes = self._known[receive.key][1]
-                receive.buffers = [self._comm.buffer(shape, dtype) for shape, dtype in shapes]
-                receive.works = [
-                    self._comm.start(dist.irecv, buffer, self._peer, self._group, self._tag)
-                    for buffer in receive.buffers
-                ]
+    def _flush(self, at_least: int = POSTED) -> None:
+        while self._waiting and (receive := self._waiting[0]).key in self._known:
+            if len(self._receives) - len(self._waiting) >= at_least and self._posted_bytes > POSTED_BYTES:
+                return
+            self._waiting.popleft()
+            receive.buffers = [self._comm.buffer(*shape) for shape in self._known[receive.key][1]]
+            self._posted_bytes += sum(buffer.nbytes for buffer in receive.buffers)
+            receive.works = [
+                self._comm.start(self._group.recv, b, self._peer, self._place, self._tag) for b in receive.buffers
+            ]
 
 
 class Comm:
@@ -218,6 +236,8 @@ class Comm:
     def __init__(self, rank: int, stages: int, device: torch.device, backend: str, timeout: timedelta) -> None:
         self.rank, self.stages, self.device = rank, stages, device
         self.messages: dict[str, int] = dict.fromkeys((*KINDS, "line"), 0)
+        # a receive of gloo that waits already saves the message a round trip; one of NCCL takes a part of the GPU
+        self.post_ahead = 2 if backend == "nccl" else 24
         self._staged = device.type == "cuda" and backend == "gloo"
         self._kept: deque[tuple[dist.Work, Tensor, int]] = deque()
         self._old = 0
@@ -251,10 +271,10 @@ class Comm:
         for line in self._headers:
             line.send(header)
 
-    def start(self, call: Any, tensor: Tensor, peer: int, group: dist.ProcessGroup, tag: int) -> dist.Work:
-        """Start one send or receive; a lost connection becomes a `PipelineError`."""
+    def start(self, call: Any, tensor: Tensor, peer: int, place: int, tag: int) -> dist.Work:
+        """Start one send or receive with the peer at a place in its group; a lost connection is a `PipelineError`."""
         try:
-            work: dist.Work = call(tensor, peer, group=group, tag=tag)
+            work: dist.Work = call([torch.view_as_real(tensor) if tensor.is_complex() else tensor], place, tag)
         except RuntimeError as error:
             raise self.board.explain(peer) from error
         return work

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lightning_tspipe.partition import Layer, Partition
 from lightning_tspipe.schedule import Costs, Schedule, make_schedule, minimal_microbatches
+from lightning_tspipe.simulate import replay
 
 SCHEDULES = ("auto", "afab")
 
@@ -29,24 +30,37 @@ def check_plan_arguments(microbatches: int | str, schedule: str) -> None:
 
 
 class Planner:
-    """Makes the schedule for any number of microbatches, once each.
+    """Makes the schedule for any number of microbatches, once each, and replays it for all ranks before it is used.
 
     Args:
         costs: per stage.
         lookahead: whether the teacher may run a batch ahead (frozen or delayed).
         loss_over: "batch" or "microbatch".
         schedule: the order, or "auto".
+        post_ahead: how many runs before its use a receive is posted.
+
+    Raises:
+        ScheduleError, ReplayError: a schedule that would not run; a bug of this library.
     """
 
     def __init__(
-        self, costs: Costs, lookahead: bool, loss_over: Literal["batch", "microbatch"], schedule: str = "auto"
+        self,
+        costs: Costs,
+        lookahead: bool,
+        loss_over: Literal["batch", "microbatch"],
+        schedule: str = "auto",
+        post_ahead: int = 2,
     ) -> None:
         stages = len(costs.t)
-        self.costs, self.lookahead = costs, lookahead
+        self.costs, self.lookahead, self.post_ahead = costs, lookahead, post_ahead
         self.microbatches = minimal_microbatches(stages, costs, lookahead=lookahead)
-        self._make = cache(
-            lambda count: make_schedule(stages, count, costs, lookahead=lookahead, loss_over=loss_over, order=schedule)
-        )
+
+        def make(count: int) -> Schedule:
+            made = make_schedule(stages, count, costs, lookahead=lookahead, loss_over=loss_over, order=schedule)
+            replay(made, post_ahead=post_ahead)
+            return made
+
+        self._make = cache(make)
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule for batches of that many microbatches."""

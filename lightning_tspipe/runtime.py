@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_tspipe import tree
 from lightning_tspipe.comm import Comm
-from lightning_tspipe.data import Batch, Shapes, shapes_of
+from lightning_tspipe.data import Batch, shapes_of
 from lightning_tspipe.logrelay import Entry, LossReport, mean_of
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.schedule import Action, Costs, Op, Schedule, lower, step_order
@@ -82,8 +82,7 @@ class Runtime:
         self._reports: list[LossReport] = []
         self._backwards = 0
         self._report: LossReport | None = None
-        self._expected: dict[int, Shapes] = {}  # gradients of each microbatch
-        self._early: set[int] = set()
+        self._keys: dict[Hashable, int] = {}  # short names of messages' shapes
         self._next: Batch | None = None
         self._pending: Batch | None = None  # its teacher work has begun somewhere in the pipeline
         self._programs: dict[tuple[int, int], tuple[Op, ...]] = {}
@@ -145,14 +144,13 @@ class Runtime:
         self.current = self.schedule(batch.info.microbatches)
         self._versions[batch.info.index], self._completed = version, completed
         self._reports, self._report, self._backwards, self._pending = [], None, 0, None
-        self._expected.clear()
-        self._early.clear()
         self._begin(batch)
         asked = False
         for op in self._program(batch.info.microbatches, self._done.pop(batch.info.index, 0)):
             action, target = op.action, batch
             if action.ahead:
                 if lookahead and not asked:
+                    self._stage.leave()
                     self._next, asked = upcoming(), True
                     if self._next is not None:
                         self._versions[self._next.info.index] = next_version
@@ -166,6 +164,7 @@ class Runtime:
                 raise
         if self._teacher is not None and updates:
             self._teacher.advance(completed, completed)  # the optimizer is about to replace this student
+        self._stage.leave()
         self._finish(batch)
         if not asked:
             self._next = upcoming()
@@ -184,6 +183,7 @@ class Runtime:
         rest = [Action("T", q) for q in range(self._done.pop(index, 0), batch.info.microbatches)]
         for op in lower(rest, self._rank, self._stages):
             self._table[op.verb, op.action.kind](batch, op.action.microbatch)
+        self._stage.leave()
         self._teacher_out.pop(index, None)
         self._versions.pop(index, None)
         self._stage.norms["teacher"].discard(index)
@@ -218,7 +218,8 @@ class Runtime:
     def _program(self, microbatches: int, done: int) -> tuple[Op, ...]:
         if (microbatches, done) not in self._programs:
             row = self.schedule(microbatches).ranks[self._rank]
-            self._programs[microbatches, done] = lower(step_order(row, done), self._rank, self._stages)
+            order, post_ahead = step_order(row, done), self._planner.post_ahead
+            self._programs[microbatches, done] = lower(order, self._rank, self._stages, post_ahead=post_ahead)
         return self._programs[microbatches, done]
 
     def _show(self, microbatches: int, action: Action) -> None:
@@ -232,25 +233,23 @@ class Runtime:
 
     def _post(self, kind: str, batch: Batch, q: int) -> None:
         assert self._comm is not None
-        if kind == "B":
-            if q in self._expected:
-                self._comm.inward["B"].post(self._expected[q])
-            else:
-                self._early.add(q)  # its shapes are known when F has run
-            return
-        network: Network = "teacher" if kind == "T" else "student"
-        self._comm.inward[kind].post(batch.info.key(network, q))
+        self._comm.inward[kind].post(self._key(kind, batch, q))
 
     def _send(self, kind: str, batch: Batch, q: int) -> None:
         assert self._comm is not None
         value, self._out = self._out, None
-        if kind == "B":
-            channel, shapes = self._comm.outward["B"], shapes_of(value)
-            channel.know(shapes, tree.flatten(value)[1], shapes)
-            channel.send(shapes, value)
-        else:
-            network: Network = "teacher" if kind == "T" else "student"
-            self._comm.outward[kind].send(batch.info.key(network, q), value)
+        channel, key = self._comm.outward[kind], self._key(kind, batch, q)
+        if kind == "B" and not channel.knows(key):
+            channel.know(key, tree.flatten(value)[1], shapes_of(value))
+        channel.send(key, value)
+
+    def _key(self, kind: str, batch: Batch, q: int) -> int:
+        """Equal for messages of equal shapes; a gradient has the key of the activation that it belongs to."""
+        network: Network = "teacher" if kind == "T" else "student"
+        name = (network, batch.info.sizes[q])
+        if name not in batch.keys:
+            batch.keys[name] = self._keys.setdefault(batch.info.key(network, q), len(self._keys))
+        return batch.keys[name]
 
     # --- work
 
@@ -277,11 +276,10 @@ class Runtime:
         else:
             self._out = outputs
             assert self._comm is not None
-            leaves = differentiable(tree.flatten(outputs)[0])
-            shapes = self._expected[q] = shapes_of(leaves)
-            self._comm.inward["B"].know(shapes, tree.flatten(leaves)[1], shapes)
-            if q in self._early:
-                self._comm.inward["B"].post(shapes)
+            gradients, key = self._comm.inward["B"], self._key("B", batch, q)
+            if not gradients.knows(key):
+                leaves = differentiable(tree.flatten(outputs)[0])
+                gradients.know(key, tree.flatten(leaves)[1], shapes_of(leaves))
         self.busy["F"] += time.perf_counter() - start
 
     def _backward(self, batch: Batch, q: int) -> None:
@@ -299,6 +297,7 @@ class Runtime:
         self._backwards += 1
         if self._backwards == batch.info.microbatches:
             assert self._report is not None
+            self._stage.leave()
             self._hooks.after_backward(self._report.values[0])
 
     def _take(self, kind: str) -> Any:
@@ -314,6 +313,7 @@ class Runtime:
         """Run `loss` on what it covers and leave its gradients with respect to the outputs for the backwards."""
         if q in self._gradients:
             return
+        self._stage.leave()
         index, sizes = batch.info.index, batch.info.sizes
         target = batch.target
         if self._comm is not None and not self._reports and batch.info.target[1]:
@@ -370,6 +370,7 @@ class Runtime:
         """
         assert self._comm is not None
         due = 0 if self._loss_over == "batch" else batch.info.microbatches - 1
+        self._stage.leave()
         if self._backwards == 0 and due != 0:
             self._hooks.before_backward(torch.zeros((), device=self._comm.device))
         if self._backwards != due:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +52,7 @@ class Stage:
         self._generator = torch.default_generator
         if device.type == "cuda":
             self._generator = torch.cuda.default_generators[device.index or 0]
+        self._outside: Tensor | None = None  # the generator's state outside of this stage's work
         self._saved: dict[Work, _Saved] = {}
         self._structures: dict[tuple[Network, int], tree.Structure] = {}
         self.norms: dict[Network, DeferredBatchNorm] = {
@@ -61,6 +61,7 @@ class Stage:
 
     def close(self) -> None:
         """Give the layers back as they were."""
+        self.leave()
         for norms in self.norms.values():
             norms.restore()
         self._saved.clear()
@@ -110,22 +111,22 @@ class Stage:
         saved = self._saved.pop(work)
         pairs = [(o, g) for o, g in zip(saved.outputs, gradients, strict=True) if o.requires_grad and g is not None]
         if pairs:
-            with self._random("student", work):
-                torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+            self._seed_for("student", work)
+            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
         return [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in saved.inputs]
 
     def _forward(self, network: Network, work: Work, views: list[Any]) -> list[Any]:
         layers = self._layers[network]
         outputs: list[Any] = []
-        with self._random(network, work):
-            for view, inputs in enumerate(views):
-                self.norms[network].slot = (work[0], view)
-                # an in-place first layer would write into a tensor that others still need
-                output = tree.map_tensors(inputs, torch.clone) if layers and _in_place(layers[0]) else inputs
-                for layer in layers:
-                    output = layer(output)
-                outputs.append(output)
-                self._check_structure(network, view, output)
+        self._seed_for(network, work)
+        for view, inputs in enumerate(views):
+            self.norms[network].slot = (work[0], view)
+            # an in-place first layer would write into a tensor that others still need
+            output = tree.map_tensors(inputs, torch.clone) if layers and _in_place(layers[0]) else inputs
+            for layer in layers:
+                output = layer(output)
+            outputs.append(output)
+            self._check_structure(network, view, output)
         return outputs
 
     def _check_structure(self, network: Network, view: int, output: Any) -> None:
@@ -138,16 +139,18 @@ class Stage:
                 "every batch."
             )
 
-    @contextmanager
-    def _random(self, network: Network, work: Work) -> Iterator[None]:
+    def _seed_for(self, network: Network, work: Work) -> None:
         """Random numbers of their own for this work, so that neither order nor lookahead nor recomputation shows."""
-        state = self._generator.get_state()
+        if self._outside is None:
+            self._outside = self._generator.get_state()
         name = 0 if network == "student" else 1
         self._generator.manual_seed(hash((self._seed, name, *work, self._index)) & (2**62 - 1))
-        try:
-            yield
-        finally:
-            self._generator.set_state(state)
+
+    def leave(self) -> None:
+        """Put the generator back to where it was before this stage's work; called before other code runs."""
+        if self._outside is not None:
+            self._generator.set_state(self._outside)
+            self._outside = None
 
 
 def differentiable(leaves: Sequence[Tensor]) -> list[Tensor]:

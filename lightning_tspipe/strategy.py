@@ -173,7 +173,8 @@ class TSPipeStrategy(ProcessStrategy):
             assert all(not student.is_meta for _, student in local), "a teacher stage is not where its source is"
             self._teacher = MomentumTeacher(local, module.momentum)
         lookahead = module.momentum is None or delay == 1
-        planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule)
+        post_ahead = 0 if self._comm is None else self._comm.post_ahead
+        planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule, post_ahead)
         assert self._stage is not None
         self._runtime = Runtime(
             self._stage, self._comm, planner, self._teacher, module.loss_over, self.global_rank, self.world_size

@@ -146,27 +146,26 @@ def noisy(rank: int, out: Path, workers: int) -> None:
 
 # --- messages
 
-COLLECTIVES = (
-    "barrier", "monitored_barrier", "all_reduce", "broadcast", "broadcast_object_list", "all_gather", "reduce",
-    "all_gather_object", "all_gather_into_tensor", "gather", "gather_object", "scatter", "scatter_object_list",
-    "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv",
-    "batch_isend_irecv", "new_group",
+# every call that moves data, at the level where all of torch.distributed ends up
+CALLS = (
+    "allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "_allgather_base", "allreduce",
+    "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast", "gather", "monitored_barrier", "recv",
+    "recv_anysource", "reduce", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "scatter",
+    "send",
 )  # fmt: skip
 
 
 class Counting(L.Callback):
-    """Counts calls of torch.distributed and messages from one batch's start to another's."""
+    """Counts calls of process groups and messages from one batch's start to another's."""
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
         self.calls: Counter[str] = Counter()
         self.messages: dict[str, int] = {}
         self.counting = False
-        for name in COLLECTIVES:
-            if hasattr(dist, name):
-                wrapped = self._wrap(name, getattr(dist, name))
-                setattr(dist, name, wrapped)
-                setattr(dist.distributed_c10d, name, wrapped)
+        for name in CALLS:
+            if hasattr(dist.ProcessGroup, name):
+                setattr(dist.ProcessGroup, name, self._wrap(name, getattr(dist.ProcessGroup, name)))
 
     def _wrap(self, name: str, call: Any) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
