@@ -1,9 +1,9 @@
 """Knowledge distillation on handwritten digits, pipelined over two processes: python examples/distill_digits.py.
 
-A convolutional teacher learns from 1297 images with their labels. A student of a 28th of its weights then gets the same
-images with the teacher's outputs, and labels for 50 of them; to compare, the same student learns from these 50 alone, in
-as many steps, from the same weights. Everyone sees the images shifted by up to a pixel. So the teacher stands in for
-missing labels: given all of them, this student does as well by itself.
+A convolutional teacher learns from 1297 images with their labels. A student of a 28th of its weights then gets the
+same images with the teacher's outputs, and labels for 50 of them; to compare, the same student learns from these 50
+alone, in as many steps, from the same weights. Everyone sees the images shifted by up to a pixel. So the teacher stands
+in for missing labels: given all of them, this student does as well by itself.
 Method: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", https://arxiv.org/abs/1503.02531.
 """
 
@@ -93,7 +93,8 @@ def run(module, train, test, epochs, rows, strategy="auto"):
     def shifted(samples):
         x, y = default_collate(samples)
         corners = torch.randint(3, (len(x), 2), generator=random).tolist()
-        return torch.stack([image[:, i : i + 8, j : j + 8] for image, (i, j) in zip(F.pad(x, [1] * 4), corners)]), y
+        pairs = zip(F.pad(x, [1] * 4), corners, strict=True)
+        return torch.stack([image[:, i : i + 8, j : j + 8] for image, (i, j) in pairs]), y
 
     watch = Stopwatch()
     trainer = L.Trainer(

@@ -1,0 +1,164 @@
+"""One ordinary Lightning checkpoint: resumed training equals uninterrupted training, bit by bit, wherever it resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_tspipe import TSPipeStrategy
+from tests.multiproc import result_of
+from tests.scripts.small import Small, loader, trainer
+
+AUTO = 0  # stages that stand for strategy="auto"
+
+
+class Exact(Small):
+    """In float64, with two groups and a scheduler."""
+
+    def __init__(self, adam: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.adam = adam
+        self.double()
+
+    def student_input(self, batch: Any) -> Any:
+        return batch[0].double()
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": self.student[0].parameters()}, {"params": self.student[1:].parameters(), "lr": 0.03}]
+        adam = torch.optim.AdamW(groups, lr=0.01)
+        optimizer = adam if self.adam else torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+
+def fit(
+    folder: Path, stages: int, epochs: int, resume: Path | None = None, microbatches: int = 2, **module: Any
+) -> Path:
+    """Train until so many epochs have been made, in this process and its forks; the last checkpoint."""
+    keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    strategy: Any = "auto"
+    if stages != AUTO:
+        strategy = TSPipeStrategy(microbatches=microbatches, start_method="fork")
+    run = trainer(max(1, stages), strategy, max_epochs=epochs, callbacks=[keep], enable_checkpointing=True)
+    run.fit(Exact(**module), loader(), ckpt_path=resume)
+    return folder / f"epoch={epochs - 1}.ckpt"
+
+
+def read(file: Path) -> dict[str, Any]:
+    return dict(torch.load(file, weights_only=True))
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """A nesting as one dict by path."""
+    if isinstance(value, dict):
+        items: Any = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {name: value}
+    return {path: leaf for key, child in items for path, leaf in flat(child, f"{name}/{key}").items()}
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
+    """Equal keys in equal order, equal values, tensors bit by bit."""
+    one, other = flat(found[what]), flat(expected[what])
+    assert list(one) == list(other)
+    for path, value in other.items():
+        same = torch.equal(one[path], value) if isinstance(value, Tensor) else one[path] == value
+        assert same, (what, path, one[path], value)
+
+
+PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "teacher_delay": 0, "adam": True},
+        {"momentum": 0.7, "delay_from_step": 12, "adam": True},
+    ],
+    ids=["frozen", "late", "exact", "late from step 12"],
+)
+def test_resumed_training_is_uninterrupted_training(tmp_path: Path, module: dict[str, Any]) -> None:
+    def trainings() -> None:
+        fit(tmp_path / "whole", 2, 3, **module)
+        for before, after in ((2, 2), (2, 3), (3, 1), (1, 2)):
+            folder = tmp_path / f"{before} {after}"
+            first = fit(folder / "first", before, 1, **module)
+            fit(folder, after, 3, first, **module)
+
+    result_of(trainings, timeout=100)
+    expected = read(tmp_path / "whole/epoch=2.ckpt")
+    assert expected["global_step"] == 3 * 8
+    start = read(tmp_path / "2 2/first/epoch=0.ckpt")
+    assert not torch.equal(start["state_dict"]["student.0.weight"], expected["state_dict"]["student.0.weight"])
+    for name in ("2 2", "2 3", "3 1", "1 2"):
+        for part in PARTS:
+            assert_same(read(tmp_path / name / "epoch=2.ckpt"), expected, part)
+
+
+@pytest.mark.parametrize("module", [{}, {"momentum": 0.9, "teacher_delay": 1}, {"momentum": 0.9, "teacher_delay": 0}])
+def test_plain_lightning_goes_on_and_gives_back(tmp_path: Path, module: dict[str, Any]) -> None:
+    def trainings() -> None:
+        fit(tmp_path / "auto", AUTO, 3, **module)
+        first = fit(tmp_path / "1", 2, 1, microbatches=1, **module)
+        second = fit(tmp_path / "2", AUTO, 2, first, **module)
+        fit(tmp_path / "3", 2, 3, second, microbatches=1, **module)
+
+    result_of(trainings, timeout=100)
+    expected = read(tmp_path / "auto/epoch=2.ckpt")
+    for part in PARTS:
+        assert_same(read(tmp_path / "3/epoch=2.ckpt"), expected, part)
+
+
+def test_the_file_is_that_of_plain_lightning(tmp_path: Path) -> None:
+    def trainings() -> None:
+        for adam in (False, True):
+            fit(tmp_path / f"auto {adam}", AUTO, 1, adam=adam)
+            fit(tmp_path / f"pipe {adam}", 3, 1, microbatches=1, adam=adam)
+
+    result_of(trainings)
+    for adam in (False, True):
+        plain, ours = read(tmp_path / f"auto {adam}/epoch=0.ckpt"), read(tmp_path / f"pipe {adam}/epoch=0.ckpt")
+        assert set(ours) == set(plain)
+        for part in PARTS:
+            assert_same(ours, plain, part)
+
+
+class TestTeacher:
+    """Whether the file holds the teacher, and what loading makes of its absence."""
+
+    @pytest.mark.parametrize(
+        ("module", "held"),
+        [
+            ({}, False),
+            ({"save_teacher": True}, True),
+            ({"momentum": 0.9}, True),
+            ({"momentum": 0.9, "save_teacher": False}, False),
+        ],
+    )
+    def test_it_is_there_or_not(self, tmp_path: Path, module: dict[str, Any], held: bool) -> None:
+        result_of(lambda: fit(tmp_path, 2, 1, **module))
+        keys = list(read(tmp_path / "epoch=0.ckpt")["state_dict"])
+        expected = [*Exact().student.state_dict(prefix="student."), *Exact().teacher.state_dict(prefix="teacher.")]
+        assert sorted(keys) == sorted(key for key in expected if held or key.startswith("student."))
+
+    def test_loading_tolerates_exactly_its_absence(self, tmp_path: Path) -> None:
+        result_of(lambda: fit(tmp_path, 2, 1))
+        file = tmp_path / "epoch=0.ckpt"
+        content = read(file)
+        module = Exact.load_from_checkpoint(file)
+        for name, value in content["state_dict"].items():
+            assert torch.equal(module.state_dict()[name], value)
+        for name, parameter in Exact().teacher.named_parameters():
+            assert torch.equal(module.teacher.get_parameter(name), parameter)
+        del content["state_dict"]["student.1.bias"]
+        torch.save(content, file)
+        with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "student\.1\.bias"\.'):
+            Exact.load_from_checkpoint(file)
