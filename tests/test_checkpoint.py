@@ -1,4 +1,4 @@
-"""One ordinary Lightning checkpoint: resumed training equals uninterrupted training, bit by bit, wherever it resumes."""
+"""One ordinary Lightning checkpoint: resumed training is uninterrupted training, bit by bit, wherever it resumes."""
 
 from __future__ import annotations
 
