@@ -26,14 +26,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Zygote:
-    """The client's side: start it once, ask it often."""
+    """The client's side: start it once, ask it often.
 
-    def __init__(self) -> None:
+    Args:
+        visible_gpus: as in CUDA_VISIBLE_DEVICES; None shows all.
+    """
+
+    def __init__(self, visible_gpus: str | None = "") -> None:
+        own = {"OMP_NUM_THREADS": "1"} | ({} if visible_gpus is None else {"CUDA_VISIBLE_DEVICES": visible_gpus})
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
             [sys.executable, "-u", "-m", "tests.scripts.zygote"],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env=os.environ | own,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
