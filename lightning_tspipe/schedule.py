@@ -71,8 +71,7 @@ class Costs:
 
     Args:
         t, f, b, w: teacher forward, student forward, backward for inputs, backward for weights.
-        message: latency of one message between neighbours, seconds.
-        optimizer: one optimizer step of a rank, seconds.
+        message, optimizer: latency of one message between neighbours, one optimizer step of a rank.
     """
 
     t: tuple[float, ...]
@@ -193,14 +192,15 @@ def lower(actions: Sequence[Action], stage: int, stages: int, *, post_ahead: int
         actions: what the rank runs, in order (from `step_order`).
         stage: the rank's stage.
         stages: number of stages.
-        post_ahead: how many runs before its use a receive is posted; receives keep the order of their uses.
+        post_ahead: runs before its use that a receive is posted; 2 at most for a batch that rank 0 has yet to announce.
     """
     _require(0 <= stage < stages, f"stage is {stage} of {stages}: give 0 to {stages - 1}")
     _require(post_ahead >= 0, f"post_ahead is {post_ahead}: give 0 (post right before the use) or more")
     ops: list[Op] = []
+    early = [max(0, i - (min(post_ahead, 2) if action.ahead else post_ahead)) for i, action in enumerate(actions)]
     for index, action in enumerate(actions):
-        window = actions[index + post_ahead if index else 0 : index + post_ahead + 1]
-        ops += [Op("recv", coming) for coming in window if peers(coming.kind, stage, stages)[0] is not None]
+        posted = [coming for place, coming in zip(early, actions, strict=True) if place == index]
+        ops += [Op("recv", coming) for coming in posted if peers(coming.kind, stage, stages)[0] is not None]
         ops.append(Op("run", action))
         if peers(action.kind, stage, stages)[1] is not None:
             ops.append(Op("send", action))

@@ -210,6 +210,7 @@ def test_step_order_refuses_a_negative_count() -> None:
         ("F0 T0' B0", 0, 2, 9, "recv B0|F0|send F0|T0'|send T0'|B0"),
         ("T0 F0 B0", 1, 2, 1, "recv T0|recv F0|T0|F0|B0|send B0"),
         ("F0 F1 B0 B1", 1, 3, 1, "recv F0|recv F1|F0|send F0|recv B0|F1|send F1|recv B1|B0|send B0|B1|send B1"),
+        ("F0 F1 F2 T0' B0", 2, 3, 9, "recv F0|recv F1|recv F2|F0|recv T0'|F1|F2|T0'|B0|send B0"),
         ("F0 I0 W0", 1, 3, 0, "recv F0|F0|send F0|recv I0|I0|send I0|W0"),
         ("F0 I0 W0", 2, 3, 2, "recv F0|F0|I0|send I0|W0"),
         ("", 0, 2, 2, ""),
@@ -236,10 +237,14 @@ def test_lowering_posts_in_the_order_of_use(
     ops = lower(schedule.ranks[stage], stage, stages, post_ahead=post_ahead)
     assert tuple(op.action for op in ops if op.verb == "run") == schedule.ranks[stage]
     posted = [op.action for op in ops if op.verb == "recv"]
-    assert posted == [a for a in schedule.ranks[stage] if peers(a.kind, stage, stages)[0] is not None]
+    used = [a for a in schedule.ranks[stage] if peers(a.kind, stage, stages)[0] is not None]
+    for kind in "TFB":
+        assert [a for a in posted if a.kind == kind] == [a for a in used if a.kind == kind]
+    assert post_ahead > 2 or posted == used
+    assert len(posted) == len(used)
     for action in posted:
         between = ops[ops.index(Op("recv", action)) : ops.index(Op("run", action))]
-        assert sum(op.verb == "run" for op in between) <= post_ahead
+        assert sum(op.verb == "run" for op in between) <= (min(post_ahead, 2) if action.ahead else post_ahead)
 
 
 # --- validation
