@@ -199,6 +199,8 @@ def _child(target: Callable[[], Any], log: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    # Lightning refuses to fork after a mere look at CUDA by some earlier test; nothing here uses CUDA.
+    torch.cuda._is_in_bad_fork = lambda: False
     try:
         target()
     finally:
@@ -230,8 +232,6 @@ def _drive(fits: Sequence[Fit], folder: Path) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    # Lightning refuses to fork after a mere look at CUDA by some earlier test; nothing here uses CUDA.
-    torch.cuda._is_in_bad_fork = lambda: False
     for index, fit in enumerate(fits):
         os.environ["MASTER_PORT"] = str(free_port())
         if fit.stages != TWIN:
