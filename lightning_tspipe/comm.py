@@ -186,16 +186,14 @@ class Channel:
         """Wait for the oldest posted message."""
         receive = self._receives[0]
         if receive.works is None:
-            if receive.key not in self._known:
-                self._known[receive.key] = self._line.take()
-            self._flush(at_least=1)
+            self._known[receive.key] = self._line.take()
+            self._flush()
         assert receive.works is not None
         for work in receive.works:
             self._comm.wait(work, self._peer)
         self._receives.popleft()
         self._posted_bytes -= sum(buffer.nbytes for buffer in receive.buffers)
-        if self._waiting:
-            self._flush()
+        self._flush()
         leaves = [self._comm.from_wire(buffer) for buffer in receive.buffers]
         return tree.unflatten(leaves, self._known[receive.key][0])
 
@@ -211,9 +209,9 @@ class Channel:
         self.retire(self._old)
         self._old = len(self._sent)
 
-    def _flush(self, at_least: int = POSTED) -> None:
+    def _flush(self) -> None:
         while self._waiting and (receive := self._waiting[0]).key in self._known:
-            if len(self._receives) - len(self._waiting) >= at_least and self._posted_bytes > POSTED_BYTES:
+            if len(self._receives) - len(self._waiting) >= POSTED and self._posted_bytes > POSTED_BYTES:
                 return
             self._waiting.popleft()
             receive.buffers = [self._comm.buffer(*shape) for shape in self._known[receive.key][1]]
@@ -229,7 +227,7 @@ class Comm:
     Args:
         rank, stages: this rank and how many there are.
         device: where activations live.
-        backend: "gloo" or "nccl" for the activations; gloo on CUDA goes through pinned host memory.
+        backend: "gloo" or "nccl" for the activations; gloo on CUDA goes through host memory.
         timeout: how long a message may take before the job is given up.
     """
 

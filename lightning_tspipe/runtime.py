@@ -370,10 +370,11 @@ class Runtime:
         """
         assert self._comm is not None
         due = 0 if self._loss_over == "batch" else batch.info.microbatches - 1
+        if self._backwards not in (0, due):
+            return
         self._stage.leave()
-        if self._backwards == 0 and due != 0:
-            self._hooks.before_backward(torch.zeros((), device=self._comm.device))
         if self._backwards != due:
+            self._hooks.before_backward(torch.zeros((), device=self._comm.device))
             return
         entries, terminate = self._comm.lines_in["relay"].take()
         size = sum(entry.size for entry in entries)

@@ -71,7 +71,7 @@ class Costs:
 
     Args:
         t, f, b, w: teacher forward, student forward, backward for inputs, backward for weights.
-        message, optimizer: latency of one message between neighbours, one optimizer step of a rank.
+        message, optimizer: seconds of one message between neighbours, and of one optimizer step of a rank.
     """
 
     t: tuple[float, ...]
