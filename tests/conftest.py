@@ -1,4 +1,4 @@
-"""Keeps pytest's own process clean: most tests fork from it, or start scripts in its environment."""
+"""Keeps pytest's own process clean, from which most tests fork or start scripts; and the process that forks ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
+
+from tests.scripts.zygote import Zygote
 
 LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
 
@@ -23,3 +25,11 @@ def clean_process() -> Iterator[None]:
             os.environ[name] = value
     assert after == before, "this test must run in a process of its own (tests.multiproc.result_of): it set variables"
     assert not dist.is_initialized(), "this test must run in a process of its own: it left torch.distributed running"
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """Forks ranks that see no GPU, for the tests of one file."""
+    server = Zygote()
+    yield server
+    server.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,13 +57,6 @@ CASES: dict[str, tuple[str, ...]] = {
     "ManualOptimization": ("manual optimization", "Use automatic optimization"),
     "CallsStudentInLoss": ("self.student(...) was called in a training step", "Use the outputs that `loss` gets"),
 }
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    server = Zygote()
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -108,7 +108,7 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("device", [on("cpu"), on("cuda")])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_ranks_that_share_a_device_equal_the_twin(zygote: Zygote, tmp_path: Path, device: str, stages: int) -> None:
-    """On a GPU, gloo stages every message through pinned host memory."""
+    """On a GPU, gloo stages every message through host memory."""
     place = "cuda:0" if device == "cuda" else device
     assert_equal(run(zygote, tmp_path / "pipe", [place] * stages, "gloo"), run(zygote, tmp_path / "twin", []))
 

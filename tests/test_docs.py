@@ -118,7 +118,9 @@ def run_script(rank: int, out: Path, file: str) -> None:
 
 
 @pytest.mark.timeout(100)
-def test_the_quick_start_prints_the_same_numbers_in_one_process_and_as_plain_lightning(tmp_path: Path) -> None:
+def test_the_quick_start_prints_the_same_numbers_in_one_process_and_as_plain_lightning(
+    zygote: Zygote, tmp_path: Path
+) -> None:
     code, plain = quick_start(), plain_script(tmp_path)
     assert 'strategy="tspipe", devices=2' in code
     assert "tspipe" not in plain
@@ -128,20 +130,14 @@ def test_the_quick_start_prints_the_same_numbers_in_one_process_and_as_plain_lig
         "plain": (1, plain),
     }
     printed: dict[str, dict[str, float]] = {}
-    zygote = Zygote()
-    try:
-        for name, (ranks, script) in scripts.items():
-            folder = tmp_path / name
-            folder.mkdir()
-            (folder / "script.py").write_text(
-                script.replace("L.Trainer(", f"L.Trainer(default_root_dir={str(folder)!r}, ")
-            )
-            codes = zygote.run("tests.test_docs:run_script", ranks, folder, file=str(folder / "script.py"))
-            text = (folder / "0.txt").read_text()
-            assert codes == [0] * ranks, text
-            printed[name] = ast.literal_eval(re.findall(r"^\{.*\}$", text, re.MULTILINE)[-1])
-    finally:
-        zygote.close()
+    for name, (ranks, script) in scripts.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "script.py").write_text(script.replace("L.Trainer(", f"L.Trainer(default_root_dir={str(folder)!r}, "))
+        codes = zygote.run("tests.test_docs:run_script", ranks, folder, file=str(folder / "script.py"))
+        text = (folder / "0.txt").read_text()
+        assert codes == [0] * ranks, text
+        printed[name] = ast.literal_eval(re.findall(r"^\{.*\}$", text, re.MULTILINE)[-1])
     assert set(printed["tspipe"]) == {"loss", "accuracy"}
     assert printed["tspipe"] == printed["auto"] == printed["plain"]
 

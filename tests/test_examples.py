@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.ports import free_port
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.scripts.zygote import ROOT
+from tests.subprocesses import run_script
 
 
 def printed(name: str, folder: Path, *options: str) -> str:
     """What an example prints."""
-    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": str(free_port())}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "examples" / f"{name}.py"), *options],
-        cwd=folder,
-        env=os.environ | own,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=100)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert process.returncode == 0, output
-    return output
+    return run_script(str(ROOT / "examples" / f"{name}.py"), *options, folder=folder, timeout=100)
 
 
 def number(label: str, text: str) -> float:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,13 +22,6 @@ from tests.scripts.zygote import ROOT, Zygote
 
 LIMIT_S = 10.0
 TRAIN = "tests.scripts.train:run"
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    server = Zygote()
-    yield server
-    server.close()
 
 
 def outputs(folder: Path, ranks: int = 3) -> list[str]:

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +13,9 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_tspipe import TSPipeStrategy
 from tests.ports import free_port
 from tests.scripts.zygote import ROOT, Zygote
+from tests.subprocesses import run_script
 
 FITS = "tests.scripts.fits"
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    server = Zygote()
-    yield server
-    server.close()
 
 
 def results(folder: Path, ranks: int) -> list[dict[str, Any]]:
@@ -39,27 +27,6 @@ def run(zygote: Zygote, name: str, ranks: int, folder: Path, **arguments: Any) -
     codes = zygote.run(f"{FITS}:{name}", ranks, folder, **arguments)
     texts = [(folder / f"{rank}.txt").read_text() for rank in range(ranks)]
     assert codes == [0] * ranks, "\n".join(texts)
-
-
-def run_script(*command: str) -> None:
-    """Run a command to its end, within a deadline and with nothing left behind."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "MASTER_PORT": str(free_port())}
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        env=os.environ | own,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=60)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert process.returncode == 0, output
 
 
 @pytest.fixture(scope="module")
