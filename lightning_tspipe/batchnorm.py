@@ -72,11 +72,11 @@ def _update(norm: Norm, parts: list[_Part]) -> None:
     if len(parts) == 1:
         mean, var = parts[0].mean, parts[0].var
     else:
-        means = torch.stack([part.mean for part in parts])
-        counts = means.new_tensor([part.rows for part in parts]).unsqueeze(1)
-        mean = (means * counts).sum(0) / total
-        squares = torch.stack([part.var * (part.rows - 1) for part in parts]).sum(0)
-        var = (squares + (counts * (means - mean) ** 2).sum(0)) / max(total - 1, 1)
+        # weighed by Python numbers: a tensor of them would be a copy to the device that the host waits for
+        mean = torch.stack([part.mean * (part.rows / total) for part in parts]).sum(0)
+        inner = torch.stack([part.var * (part.rows - 1) for part in parts]).sum(0)
+        outer = torch.stack([(part.mean - mean) ** 2 * part.rows for part in parts]).sum(0)
+        var = (inner + outer) / max(total - 1, 1)
     norm.num_batches_tracked += 1
     factor = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.to(mean.dtype)
     norm.running_mean.mul_(1 - factor).add_(mean * factor)

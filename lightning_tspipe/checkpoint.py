@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tspipe.comm import Comm
-from lightning_tspipe.partition import tensors_of
+from lightning_tspipe.partition import extra_states_of, tensors_of
 
 Groups = list[list[str]]
 
@@ -62,7 +62,13 @@ class Shards:
             if name in self._owners and self._comm is not None:
                 value = self._comm.share(tensor.detach() if self.is_mine(name) else None, self._owners[name])
                 if tensor.is_meta:
-                    _swap(tensor, value.clone())
+                    _swap(tensor, value.to("cpu", copy=True))
+        for name, child in extra_states_of(self._module).items():
+            if self._comm is not None:
+                mine = self.is_mine(name)
+                state = self._comm.share(child.get_extra_state() if mine else None, self._owners.get(name, self._last))
+                if not mine:
+                    child.set_extra_state(state)
 
     def share_common(self) -> None:
         """Copy what belongs to neither network (a head, a temperature) from the last rank to the others."""
@@ -78,7 +84,7 @@ class Shards:
     def state_dict(self) -> dict[str, Any]:
         """The whole module's state dict on rank 0, an empty one elsewhere; its keys are those of the plain module."""
         state = self._module.state_dict()
-        mine = {name: value for name, value in state.items() if not isinstance(value, Tensor) or self.is_mine(name)}
+        mine = {name: value for name, value in state.items() if self.is_mine(name)}
         parts = [mine] if self._comm is None else self._comm.gather(mine)
         if parts is None:
             return {}
@@ -119,7 +125,18 @@ class Shards:
         }
 
     def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any], groups: Groups) -> None:
-        """Load this rank's part of a whole state dict."""
+        """Load this rank's part of a whole state dict.
+
+        Raises:
+            ValueError: it was made with other parameter groups.
+        """
+        sizes, found = [len(names) for names in groups], [len(group["params"]) for group in state["param_groups"]]
+        if sizes != found:
+            raise ValueError(
+                f"The checkpoint's optimizer has groups of {found} parameters, configure_optimizers gives groups of "
+                f"{sizes}. Give the groups that the checkpoint was made with, or load the weights alone "
+                "(`load_from_checkpoint`) and begin a new training."
+            )
         order = [name for group in groups for name in group]
         mine = [name for name in order if self.is_mine(name)]
         numbers = {name: number for number, name in enumerate(order)}

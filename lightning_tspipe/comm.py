@@ -54,9 +54,10 @@ class FailureBoard:
             self._store.compare_set("failure", "", text)
             self._store.set(f"seen {self._rank}", "")
 
-    def explain(self, peer: int) -> PipelineError:
-        """The error to raise when the connection to `peer` is gone."""
+    def explain(self, peer: int, error: object = "") -> PipelineError:
+        """The error to raise when the connection to `peer` is gone, as `error` says."""
         died = "rank {0} (stage {0}) died without a word: it was killed, or ran out of memory. See its own output."
+        died += f" The connection said: {error}" if str(error) else ""
         try:
             if not self._store.check(["failure"]):
                 self._store.compare_set("failure", "", died.format(peer))
@@ -254,6 +255,7 @@ class Comm:
                 self.inward[kind] = Channel(self, kind, source, group)
             if rank == source:
                 self.outward[kind] = Channel(self, kind, target, group)
+            self._warm_up(group, source, target, 1 + KINDS.index(kind))
         self.lines_in = {"header": Line(self, "header", 0)} if rank else {}
         self.lines_out: dict[str, Line] = {}
         self._headers = [] if rank else [Line(self, "header", peer) for peer in range(1, stages)]
@@ -264,6 +266,19 @@ class Comm:
             self.lines_out["relay"] = Line(self, "relay", rank - 1)
             self.lines_in["eval"] = Line(self, "eval", rank - 1)
 
+    def _warm_up(self, group: dist.ProcessGroup, source: int, target: int, tag: int) -> None:
+        """Send one byte over an edge, all ranks edge after edge in the same order.
+
+        NCCL connects two ranks at their first message and lets neither go on before. In a step both could wait so: one
+        for the receive that it has posted early, the other for its own send that has to come before that.
+        """
+        if self.rank not in (source, target):
+            return
+        peer, byte = source + target - self.rank, torch.zeros(1, dtype=torch.uint8)
+        byte = byte if self._staged else byte.to(self.device)
+        call = group.send if self.rank == source else group.recv
+        self.wait(self.start(call, byte, peer, dist.get_group_rank(group, peer), tag), peer)
+
     def send_header(self, header: object) -> None:
         """Tell every other rank about a batch; rank 0 sends to each directly, so that no rank waits for another."""
         for line in self._headers:
@@ -272,9 +287,9 @@ class Comm:
     def start(self, call: Any, tensor: Tensor, peer: int, place: int, tag: int) -> dist.Work:
         """Start one send or receive with the peer at a place in its group; a lost connection is a `PipelineError`."""
         try:
-            work: dist.Work = call([torch.view_as_real(tensor) if tensor.is_complex() else tensor], place, tag)
+            work: dist.Work = call([_bytes(tensor)], place, tag)
         except RuntimeError as error:
-            raise self.board.explain(peer) from error
+            raise self.board.explain(peer, error) from error
         return work
 
     def wait(self, work: dist.Work, peer: int) -> None:
@@ -282,7 +297,7 @@ class Comm:
         try:
             work.wait()
         except RuntimeError as error:
-            raise self.board.explain(peer) from error
+            raise self.board.explain(peer, error) from error
 
     def keep(self, work: dist.Work, buffer: Tensor, peer: int) -> None:
         """Keep the send of a line until it is certain to have been received."""
@@ -323,7 +338,7 @@ class Comm:
     def to_wire(self, tensor: Tensor) -> Tensor:
         """The tensor in the form that is sent."""
         tensor = tensor.detach().contiguous()
-        return tensor.cpu() if self._staged else tensor
+        return self.buffer(tuple(tensor.shape), tensor.dtype).copy_(tensor) if self._staged else tensor
 
     def from_wire(self, tensor: Tensor) -> Tensor:
         """A received tensor on this rank's device."""
@@ -342,9 +357,9 @@ class Comm:
                 torch.empty(shape, dtype=dtype) for shape, dtype in shapes
             ]
             for buffer in buffers:
-                dist.broadcast(buffer, src=source, group=self.control)
+                dist.broadcast(_bytes(buffer), src=source, group=self.control)
         except RuntimeError as error:
-            raise self.board.explain(source) from error
+            raise self.board.explain(source, error) from error
         return value if self.rank == source else tree.unflatten([b.to(self.device) for b in buffers], structure)
 
     def gather(self, value: Any) -> list[Any] | None:
@@ -369,6 +384,11 @@ class Comm:
 def _new_group(ranks: list[int], backend: str, timeout: timedelta) -> dist.ProcessGroup:
     group = dist.new_group(ranks, backend=backend, timeout=timeout)
     return cast(dist.ProcessGroup, group)  # for ranks outside of the group it is a number, which is never used
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The same memory as bytes: neither gloo nor NCCL takes every type."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _to_host(value: Any) -> Any:

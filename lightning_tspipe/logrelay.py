@@ -38,7 +38,7 @@ class LossReport:
 
     def vector(self, device: torch.device) -> Tensor:
         """All values as one float64 vector of shape (sum of sizes,)."""
-        parts = [value.detach().reshape(-1).to(device, torch.float64) for value in self.values]
+        parts = [value.detach().reshape(-1).to(device, torch.float64, non_blocking=True) for value in self.values]
         return torch.cat(parts)
 
     @classmethod

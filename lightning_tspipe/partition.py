@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 Balance = str | Sequence[int] | Mapping[str, Sequence[int]]
 BALANCES = ("auto", "parameters")
+EXTRA_STATE = "_extra_state"
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,13 @@ class Partition:
     teacher: tuple[tuple[Layer, ...], ...]
 
     def owners(self) -> dict[str, int]:
-        """The stage of every parameter and buffer of both networks, by qualified name (``student.0.weight``)."""
+        """The stage of every entry of the state dict of both networks, by qualified name (``student.0.weight``)."""
         return {
             f"{network}.{layer.name}.{name}" if layer.name else f"{network}.{name}": stage
             for network in ("student", "teacher")
             for stage, layers in enumerate(getattr(self, network))
             for layer in layers
-            for name in _tensor_names(layer.module)
+            for name in _state_names(layer.module)
         }
 
 
@@ -179,10 +180,8 @@ def _follow(
     return tuple(map(tuple, result))
 
 
-def _tensor_names(module: nn.Module) -> list[str]:
-    return [name for name, _ in module.named_parameters(remove_duplicate=False)] + [
-        name for name, _ in module.named_buffers(remove_duplicate=False)
-    ]
+def _state_names(module: nn.Module) -> list[str]:
+    return [*tensors_of(module), *extra_states_of(module)]
 
 
 def _refuse_shared(result: Partition) -> None:
@@ -203,3 +202,12 @@ def _refuse_shared(result: Partition) -> None:
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by qualified name, shared ones under each of their names."""
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+
+
+def extra_states_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Every submodule with a state of its own making (`get_extra_state`), by the state's key in the state dict."""
+    return {
+        f"{name}.{EXTRA_STATE}".lstrip("."): child
+        for name, child in module.named_modules()
+        if type(child).get_extra_state is not nn.Module.get_extra_state
+    }

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_tspipe import TSPipeStrategy
 from tests.multiproc import result_of
-from tests.scripts.small import Small, loader, trainer
+from tests.scripts.small import Small, loader, network, trainer
+from tests.scripts.zygote import Zygote
 
 AUTO = 0  # stages that stand for strategy="auto"
 
@@ -162,3 +163,71 @@ class TestTeacher:
         torch.save(content, file)
         with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "student\.1\.bias"\.'):
             Exact.load_from_checkpoint(file)
+
+
+class Regrouped(Exact):
+    """The same parameters in other groups: the first layer's bias has moved."""
+
+    def configure_optimizers(self) -> Any:
+        first, *rest = self.student.parameters()
+        return torch.optim.SGD([{"params": [first]}, {"params": rest}], lr=0.1, momentum=0.9)
+
+
+def resume_regrouped(rank: int, out: Path, file: str) -> None:
+    """One rank that resumes with other groups; it writes the error that it gets."""
+    try:
+        trainer(2, max_epochs=2).fit(Regrouped(), loader(), ckpt_path=file)
+    except ValueError as error:
+        (out / f"{rank}.err").write_text(str(error))
+        raise
+
+
+def test_other_optimizer_groups_are_refused_on_every_rank(zygote: Zygote, tmp_path: Path) -> None:
+    """The state of one parameter would be given to another."""
+    file = result_of(lambda: str(fit(tmp_path, 2, 1)))
+    assert zygote.run("tests.test_checkpoint:resume_regrouped", 2, tmp_path, file=file) == [1, 1]
+    for rank in range(2):
+        text = (tmp_path / f"{rank}.err").read_text()
+        assert "has groups of [2, 4] parameters, configure_optimizers gives groups of [1, 5]" in text
+
+
+class Counting(nn.Linear):
+    """A layer with a state of its own making."""
+
+    seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x) if self.training else 0
+        return super().forward(x)
+
+    def get_extra_state(self) -> Any:
+        return {"seen": self.seen, "sum": self.weight.detach().sum()}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state["seen"]
+
+
+class Counted(Exact):
+    """Such a layer in both networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = (nn.Sequential(Counting(4, 8), *network(8, 8, 2)).double() for _ in range(2))
+
+
+def count(rank: int, out: Path) -> None:
+    """One rank that trains an epoch and then another one; it writes what the module says after each."""
+    keep = ModelCheckpoint(out, filename="{epoch}", save_top_k=-1)
+    for epoch in (0, 1):
+        module = Counted()
+        run = trainer(2, max_epochs=epoch + 1, callbacks=[keep], enable_checkpointing=True)
+        run.fit(module, loader(), ckpt_path=out / "epoch=0.ckpt" if epoch else None)
+        (out / f"{rank}.{epoch}").write_text(str(module.student[0].seen))
+
+
+def test_extra_states_are_those_of_the_rank_that_has_the_layer(zygote: Zygote, tmp_path: Path) -> None:
+    """In the file, after a resume, and in the module after `fit`, on every rank."""
+    assert zygote.run("tests.test_checkpoint:count", 2, tmp_path) == [0, 0]
+    for epoch, rows in ((0, 32), (1, 64)):
+        assert read(tmp_path / f"epoch={epoch}.ckpt")["state_dict"]["student.0._extra_state"]["seen"] == rows
+        assert [int((tmp_path / f"{rank}.{epoch}").read_text()) for rank in range(2)] == [rows, rows]

@@ -67,13 +67,16 @@ def nested(number: float) -> Any:
         "flags": [torch.tensor([True, False]), 7, None],
         "half": torch.full((5,), number, dtype=torch.bfloat16),
         "waves": torch.full((2,), complex(number, 1)),
+        "rare": [torch.tensor(int(number), dtype=kind) for kind in (torch.int16, torch.uint16, torch.bool)],
+        "tiny": torch.full((3,), number).to(torch.float8_e4m3fn),
     }
 
 
 def same(one: Any, other: Any) -> bool:
     (leaves, structure), (others, expected) = tree.flatten(one), tree.flatten(other)
     return structure == expected and all(
-        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(leaves, others, strict=True)
+        a.dtype == b.dtype and a.shape == b.shape and a.tolist() == b.tolist()
+        for a, b in zip(leaves, others, strict=True)
     )
 
 
@@ -187,6 +190,7 @@ def test_share_gather_and_chain() -> None:
         shared = comm.share({"x": torch.full((2,), float(comm.rank)), "name": comm.rank}, 1)
         gathered = comm.gather([comm.rank, torch.tensor(comm.rank)])
         chained = comm.chain(lambda value: value * 10 + comm.rank, torch.tensor(5))
+        assert same(comm.share(nested(comm.rank), 2), nested(2))
         return shared["x"].tolist(), shared["name"], gathered and [part[0] for part in gathered], int(chained)
 
     first, *others = ranks(body, 3)
@@ -210,6 +214,7 @@ class TestFailure:
         first, killed = ranks(body, ends=False)
         assert killed is None
         assert first.startswith("Rank 0 stops because the pipeline lost a rank: rank 1 (stage 1) died")
+        assert "The connection said: " in first
 
     def test_the_first_report_counts(self) -> None:
         def body(comm: Comm) -> Any:

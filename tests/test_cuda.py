@@ -17,6 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
+from lightning_tspipe.comm import Comm
+from tests.multiproc import Fit, run_fits
 from tests.scripts.zygote import Zygote
 
 pytestmark = pytest.mark.timeout(120)
@@ -38,30 +40,45 @@ def zygote() -> Iterator[Zygote]:
 
 
 class Pair(TeacherStudentModule):
-    """A momentum pair in float64."""
+    """A momentum pair in float64 that logs numbers of the host and of the device."""
 
-    def __init__(self) -> None:
-        super().__init__(momentum=0.9, teacher_delay=1)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**({"momentum": 0.9, "teacher_delay": 1} | options))
         torch.manual_seed(0)
         self.student = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 2)).double()
         self.teacher = copy.deepcopy(self.student)
 
     def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Any:
         assert student_out.device.type == self.trainer.strategy.root_device.type
-        return (student_out - teacher_out - target).square().mean()
+        loss = (student_out - teacher_out - target).square().mean()
+        self.log("rows", float(len(student_out)))
+        self.log("loss", loss)
+        return {"loss": loss, "temperature": torch.tensor(0.5)}
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.student.parameters(), lr=0.1, momentum=0.9)
+
+
+class Normed(Pair):
+    """The same with batch norms and dropout."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        first, second = (nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2)), (nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.student = nn.Sequential(*first, *second, nn.Linear(8, 2)).double()
+        self.teacher = copy.deepcopy(self.student)
 
 
 class Unsynchronised(L.Callback):
     """Makes every wait of the host for the device an error, from the third batch on."""
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        torch.cuda.set_sync_debug_mode("error" if batch_idx >= 2 else "default")
+        if GPUS:
+            torch.cuda.set_sync_debug_mode("error" if batch_idx >= 2 else "default")
 
     def on_train_epoch_end(self, *_: Any) -> None:
-        torch.cuda.set_sync_debug_mode("default")
+        if GPUS:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def batches() -> DataLoader[Any]:
@@ -69,8 +86,11 @@ def batches() -> DataLoader[Any]:
     return DataLoader(TensorDataset(data, data[:, :2].sin()), 8, pin_memory=GPUS > 0)
 
 
-def train(rank: int, out: Path, places: list[str], backend: str | None, unsynchronised: bool) -> None:
-    """What every rank runs; no place means the twin. Rank 0 writes the whole module's state."""
+def train(rank: int, out: Path, places: list[str], backend: str | None, unsynchronised: dict[str, Any] | None) -> None:
+    """What every rank runs; no place means the twin. Rank 0 writes the whole module's state.
+
+    `unsynchronised` gives the arguments of the module with which a wait for the device is an error.
+    """
     strategy: Any = "auto"
     options: dict[str, Any] = {"accelerator": "gpu" if GPUS else "cpu", "devices": 1}
     if places:
@@ -79,9 +99,9 @@ def train(rank: int, out: Path, places: list[str], backend: str | None, unsynchr
         options = {}
     trainer = L.Trainer(
         strategy=strategy, max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[Unsynchronised()] if unsynchronised else [], **options,
+        enable_model_summary=False, callbacks=[] if unsynchronised is None else [Unsynchronised()], **options,
     )  # fmt: skip
-    module = Pair()
+    module = Pair() if unsynchronised is None else Normed(**unsynchronised)
     trainer.fit(module, batches())
     assert trainer.world_size == max(1, len(places))
     if rank == 0:
@@ -89,7 +109,11 @@ def train(rank: int, out: Path, places: list[str], backend: str | None, unsynchr
 
 
 def run(
-    zygote: Zygote, folder: Path, places: list[str], backend: str | None = None, unsynchronised: bool = False
+    zygote: Zygote,
+    folder: Path,
+    places: list[str],
+    backend: str | None = None,
+    unsynchronised: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     folder.mkdir()
     ranks = max(1, len(places))
@@ -118,11 +142,46 @@ def test_nccl_equals_the_twin(zygote: Zygote, tmp_path: Path, device: str) -> No
     assert_equal(run(zygote, tmp_path / "pipe", ["cuda:0", "cuda:1"], "nccl"), run(zygote, tmp_path / "twin", []))
 
 
-@pytest.mark.parametrize("device", [on("cuda")])
-def test_one_stage_never_waits_for_the_device(zygote: Zygote, tmp_path: Path, device: str) -> None:
-    run(zygote, tmp_path / "pipe", ["cuda:0"], None, unsynchronised=True)
+WAITS = [{"momentum": None}, {"loss_over": "microbatch"}, {"teacher_delay": 0}]
+
+
+@pytest.mark.parametrize("device", [on("cpu"), on("cuda")])
+@pytest.mark.parametrize("module", WAITS)
+def test_one_stage_never_waits_for_the_device(
+    zygote: Zygote, tmp_path: Path, device: str, module: dict[str, Any]
+) -> None:
+    place = "cuda:0" if device == "cuda" else device
+    run(zygote, tmp_path / "pipe", [place], None, unsynchronised=module)
 
 
 @pytest.mark.parametrize("device", [on("cuda", 2)])
-def test_nccl_never_waits_for_the_device(zygote: Zygote, tmp_path: Path, device: str) -> None:
-    run(zygote, tmp_path / "pipe", ["cuda:0", "cuda:1"], "nccl", unsynchronised=True)
+@pytest.mark.parametrize("module", WAITS)
+def test_nccl_never_waits_for_the_device(zygote: Zygote, tmp_path: Path, device: str, module: dict[str, Any]) -> None:
+    run(zygote, tmp_path / "pipe", ["cuda:0", "cuda:1"], "nccl", unsynchronised=module)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_every_edge_is_connected_before_the_first_step(monkeypatch: pytest.MonkeyPatch, stages: int) -> None:
+    """With NCCL's manners: the first message of an edge is waited for where it is made, by both ends."""
+    met: set[Any] = set()
+    start = Comm.start
+
+    def slow(comm: Comm, call: Any, tensor: Any, peer: int, place: int, tag: int) -> Any:
+        work = start(comm, call, tensor, peer, place, tag)
+        edge = call.__name__, peer, tag
+        if call.__self__ is not comm.control and edge not in met:
+            met.add(edge)
+            work.wait()
+            return Done()
+        return work
+
+    monkeypatch.setattr(Comm, "start", slow)
+    modules = [lambda options=options: Pair(**options) for options in ({}, {"momentum": None}, {"teacher_delay": 0})]
+    run_fits([Fit(module, batches, stages, m) for module in modules for m in (1, 4)], timeout=40)
+
+
+class Done:
+    """A message that has been waited for."""
+
+    def wait(self) -> None:
+        """At once."""
