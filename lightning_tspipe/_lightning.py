@@ -87,6 +87,17 @@ def plain_optimizer(optimizer: Optimizer) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
+def after_inf_check(scaler: Any, then: Callable[[dict[torch.device, Tensor]], Any]) -> Callable[[], None]:
+    """Whenever a `torch.amp.GradScaler` has looked for infinite gradients, `then` replaces what it found.
+
+    Returns:
+        What undoes it.
+    """
+    check = scaler._unscale_grads_
+    scaler._unscale_grads_ = lambda *args, **kwargs: then(check(*args, **kwargs))
+    return lambda: delattr(scaler, "_unscale_grads_")
+
+
 def accumulates(trainer: pl.Trainer) -> bool:
     """Whether the current batch is not the last one of its accumulation window (private: no public name exists)."""
     return bool(trainer.fit_loop._should_accumulate())
@@ -114,14 +125,24 @@ def prepare_batch(trainer: pl.Trainer, batch: Any) -> Any:
     )
 
 
-def skip_batch_hooks(module: pl.LightningModule, prepared: Callable[[Any], bool]) -> None:
-    """Batches that `prepare_batch` has seen, and stand-ins, pass `on_before_batch_transfer` untouched."""
-    original = type(module)._on_before_batch_transfer
+def skip_preparation(trainer: pl.Trainer, prepared: Callable[[Any], bool]) -> Callable[[], None]:
+    """Batches that `prepare_batch` has seen, and stand-ins, are neither converted nor given to a hook again.
 
-    def hook(batch: Any, dataloader_idx: int = 0) -> Any:
-        return batch if prepared(batch) else original(module, batch, dataloader_idx)
+    Returns:
+        What undoes it.
+    """
+    module, precision = trainer.lightning_module, trainer.precision_plugin
+    hook, convert = module._on_before_batch_transfer, precision.convert_input
 
-    module._on_before_batch_transfer = hook  # type: ignore[method-assign]
+    def on_before_batch_transfer(batch: Any, dataloader_idx: int = 0) -> Any:
+        return batch if prepared(batch) else hook(batch, dataloader_idx)
+
+    def undo() -> None:
+        del module._on_before_batch_transfer, precision.convert_input
+
+    module._on_before_batch_transfer = on_before_batch_transfer  # type: ignore[method-assign]
+    precision.convert_input = lambda data: data if prepared(data) else convert(data)  # type: ignore[method-assign]
+    return undo
 
 
 def call_hook(trainer: pl.Trainer, name: str, *args: Any) -> Any:

@@ -68,6 +68,8 @@ class DeferredBatchNorm:
 
 def _update(norm: Norm, parts: list[_Part]) -> None:
     assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    wide = torch.promote_types(norm.running_mean.dtype, torch.float32)  # half precision would lose what is added
+    parts = [_Part(part.rows, part.mean.to(wide), part.var.to(wide)) for part in parts]
     total = sum(part.rows for part in parts)
     if len(parts) == 1:
         mean, var = parts[0].mean, parts[0].var
@@ -78,6 +80,6 @@ def _update(norm: Norm, parts: list[_Part]) -> None:
         outer = torch.stack([(part.mean - mean) ** 2 * part.rows for part in parts]).sum(0)
         var = (inner + outer) / max(total - 1, 1)
     norm.num_batches_tracked += 1
-    factor = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.to(mean.dtype)
-    norm.running_mean.mul_(1 - factor).add_(mean * factor)
-    norm.running_var.mul_(1 - factor).add_(var * factor)
+    factor = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.to(wide)
+    for buffer, value in ((norm.running_mean, mean), (norm.running_var, var)):
+        buffer.copy_(buffer.to(wide) * (1 - factor) + value * factor)

@@ -99,6 +99,12 @@ class Shards:
             group["params"] = [p for p in group["params"] if self.is_mine(names.get(id(p), "?"))]
         return groups
 
+    def places(self, groups: Groups) -> tuple[dict[int, int], int]:
+        """Where each of this rank's parameters, by identity, is among all that the optimizer had; and their number."""
+        order = [name for names in groups for name in names]
+        parameters = dict(self._module.named_parameters())
+        return {id(parameters[name]): i for i, name in enumerate(order) if self.is_mine(name)}, len(order)
+
     def optimizer_state(self, optimizer: Optimizer, groups: Groups) -> dict[str, Any]:
         """The state dict that the optimizer would have with all parameters; on rank 0, an empty one elsewhere."""
         local = optimizer.state_dict()

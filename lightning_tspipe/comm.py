@@ -1,4 +1,4 @@
-"""Everything that sends and receives: activations, gradients, headers, and the news that a rank has failed.
+"""Everything that sends and receives: activations, gradients, headers, and what few calls need from all ranks.
 
 Each directed edge and kind of message is a `Channel` of its own with one order of messages. On gloo the kinds are
 told apart by tags; NCCL has no tags, so each edge and kind gets a communicator. No send is waited for where it is made:
@@ -7,74 +7,26 @@ every one is kept, with its buffer, until it is certain that the receiver has it
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections import deque
 from collections.abc import Hashable
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_tspipe import tree
+from lightning_tspipe.board import FailureBoard
 from lightning_tspipe.data import Shapes, shapes_of
-from lightning_tspipe.errors import PipelineError
 
 HEADER_BYTES = 2048
 POSTED = 2  # receives that each channel may always have posted at once
 POSTED_BYTES = 16 * 2**20  # more of them only while they take less memory than this
-LINGER = timedelta(seconds=5)
-KINDS = ("T", "F", "B", "L", "Y")  # teacher, student, gradients, loss and logged values, targets
+# teacher, student, gradients, loss and logged values, sums on their way up and down, targets
+KINDS = ("T", "F", "B", "L", "U", "D", "Y")
 LINES = ("header", "relay", "eval", *KINDS)
-
-
-class FailureBoard:
-    """Where the first rank that fails says why, for the others to repeat; it lives on rank 0."""
-
-    def __init__(self, rank: int, world_size: int, timeout: timedelta) -> None:
-        host = os.environ["MASTER_ADDR"]
-        address: list[Any] = [None]
-        if rank == 0:
-            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-            address = [self._store.port]
-        dist.broadcast_object_list(address, src=0)
-        if rank != 0:
-            self._store = TCPStore(host, address[0], is_master=False, wait_for_workers=False, timeout=timeout)
-        self._rank = rank
-        self.failed = False
-
-    def report(self, text: str) -> None:
-        """Tell the others why this rank stops; only the first report counts."""
-        self.failed = True
-        with suppress(Exception):  # the store died with rank 0: the others find out in the same way
-            self._store.compare_set("failure", "", text)
-            self._store.set(f"seen {self._rank}", "")
-
-    def explain(self, peer: int, error: object = "") -> PipelineError:
-        """The error to raise when the connection to `peer` is gone, as `error` says."""
-        died = "rank {0} (stage {0}) died without a word: it was killed, or ran out of memory. See its own output."
-        died += f" The connection said: {error}" if str(error) else ""
-        try:
-            if not self._store.check(["failure"]):
-                self._store.compare_set("failure", "", died.format(peer))
-                self._store.set(f"seen {peer}", "")
-            text = self._store.get("failure").decode()
-            self._store.set(f"seen {self._rank}", "")
-        except Exception:
-            text = died.format(0)
-        self.failed = True
-        return PipelineError(f"Rank {self._rank} stops because the pipeline lost a rank: {text}")
-
-    def linger(self, stages: int) -> None:
-        """On rank 0, whose end takes the board away: wait until every other rank has read it or is dead."""
-        if self._rank:
-            return
-        with suppress(Exception):  # it took too long: they will say that rank 0 died
-            self._store.wait([f"seen {rank}" for rank in range(1, stages)], LINGER)
 
 
 class Line:
@@ -244,8 +196,8 @@ class Comm:
         self.board = FailureBoard(rank, stages, timeout)
         self.control = _new_group(ranks, "gloo", timeout)
         data = _new_group(ranks, "gloo", timeout) if backend == "gloo" else None
-        edges = [(kind, k, k + 1) for kind in "TF" for k in ranks[:-1]]
-        edges += [(kind, k + 1, k) for kind in "BL" for k in ranks[:-1]]
+        edges = [(kind, k, k + 1) for kind in "TFD" for k in ranks[:-1]]
+        edges += [(kind, k + 1, k) for kind in "BLU" for k in ranks[:-1]]
         edges += [("Y", 0, stages - 1)]
         self.inward: dict[str, Channel] = {}
         self.outward: dict[str, Channel] = {}
@@ -343,6 +295,25 @@ class Comm:
     def from_wire(self, tensor: Tensor) -> Tensor:
         """A received tensor on this rank's device."""
         return tensor.to(self.device, non_blocking=True) if self._staged else tensor
+
+    def total(self, vector: Tensor) -> Tensor:
+        """The sum over all ranks of a vector on this rank's device; it goes up to rank 0 and down again."""
+        key = tuple(vector.shape), vector.dtype
+        own = [vector]
+        for name in "UD":
+            for channel in (self.inward.get(name), self.outward.get(name)):
+                if channel is not None:
+                    channel.know(key, tree.flatten(own)[1], shapes_of(own))
+        if (below := self.inward.get("U")) is not None:
+            below.post(key)
+            vector = vector + below.take()[0]
+        if (above := self.inward.get("D")) is not None:
+            self.outward["U"].send(key, [vector])
+            above.post(key)
+            (vector,) = above.take()
+        if (below_out := self.outward.get("D")) is not None:
+            below_out.send(key, [vector])
+        return vector.clone()  # what is under way must not be changed
 
     def share(self, value: Any, source: int) -> Any:
         """Give every rank a rank's tree of tensors and constants; the others' `value` is ignored. Not for hot paths."""

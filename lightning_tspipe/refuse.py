@@ -85,10 +85,5 @@ def _reasons(trainer: pl.Trainer, module: pl.LightningModule, devices: int, stag
     plugin = type(trainer.precision_plugin).__name__
     if plugin in ("TransformerEnginePrecision", "BitsandbytesPrecision"):
         yield f"{plugin} replaces layers by ones that need all ranks together. Use precision='bf16-mixed' or '32-true'"
-    if trainer.precision == "16-mixed":
-        yield "precision='16-mixed' needs one loss scale for all stages, which is not there yet. Use 'bf16-mixed'"
-    if trainer.gradient_clip_val and (trainer.gradient_clip_algorithm or "norm") != "value":
-        yield ("gradient_clip_val by norm needs the norm over all stages, which is not there yet. Use "
-               "gradient_clip_algorithm='value'")  # fmt: skip
     if any(isinstance(child, torch.nn.SyncBatchNorm) for child in module.modules()):
         yield "SyncBatchNorm: batch norm statistics are per microbatch and deferred. Use BatchNorm"

@@ -38,6 +38,7 @@ from lightning_tspipe.schedule import Costs, Schedule
 from lightning_tspipe.stage import Network, Stage
 from lightning_tspipe.teacher import MomentumTeacher, pair_parameters
 from lightning_tspipe.training import MetricSync, TrainingHooks
+from lightning_tspipe.whole import WholeGradient
 
 
 class TSPipeStrategy(ProcessStrategy):
@@ -175,7 +176,7 @@ class TSPipeStrategy(ProcessStrategy):
         lookahead = module.momentum is None or delay == 1
         post_ahead = 0 if self._comm is None else self._comm.post_ahead
         planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule, post_ahead)
-        assert self._stage is not None
+        assert self._stage is not None and self._shards is not None
         self._runtime = Runtime(
             self._stage, self._comm, planner, self._teacher, module.loss_over, self.global_rank, self.world_size
         )
@@ -184,10 +185,14 @@ class TSPipeStrategy(ProcessStrategy):
         self._loaded = trainer.fit_loop.total_batch_idx
         link = _lightning.LoaderLink(trainer, self._make_feed)
         _lightning.take_over_backward(trainer, True)
-        _lightning.skip_batch_hooks(module, lambda batch: self._feed is not None and batch is self._feed.stand_in)
+        skipping = _lightning.skip_preparation(
+            trainer, lambda batch: self._feed is not None and batch is self._feed.stand_in
+        )
         self._undo += [self._signals.close, link.close, lambda: _lightning.take_over_backward(trainer, False)]
-        self._undo.append(lambda: module.__dict__.pop("_on_before_batch_transfer", None))
+        self._undo.append(skipping)
         if self._comm is not None:
+            whole = WholeGradient(self.precision_plugin, self._comm, *self._shards.places(self._groups))
+            self._undo.append(whole.close)
             sync = MetricSync(self._hooks, self._comm)
             trainer.callbacks.insert(0, sync)  # type: ignore[attr-defined]
             self._undo.append(lambda: trainer.callbacks.remove(sync))  # type: ignore[attr-defined]

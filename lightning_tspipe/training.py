@@ -59,7 +59,9 @@ class TrainingHooks:
 
     def scale(self, loss: Tensor) -> Tensor:
         """What is differentiated for a microbatch after the first, without the hooks that fire once per batch."""
-        return loss / self._trainer.accumulate_grad_batches
+        scaled = loss / self._trainer.accumulate_grad_batches
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        return scaled if scaler is None else scaler.scale(scaled)
 
     def after_backward(self, loss: Tensor) -> None:
         """Fire the hooks that Lightning fires after a backward."""

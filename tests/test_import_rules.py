@@ -22,9 +22,9 @@ ORDER = (
     # what a network and its schedule are
     *("tree", "batchnorm", "partition", "teacher", "plan"),
     # one rank at work
-    *("stage", "data", "comm", "logrelay", "checkpoint", "runtime"),
+    *("stage", "data", "board", "comm", "logrelay", "checkpoint", "runtime"),
     # what meets Lightning
-    *("_lightning", "module", "processes", "feed", "training", "refuse", "strategy", "cli", "__init__"),
+    *("_lightning", "whole", "module", "processes", "feed", "training", "refuse", "strategy", "cli", "__init__"),
 )
 STDLIB_ONLY = {"errors", "schedule", "simulate"}
 KNOW_LIGHTNING = {"_lightning", "module", "processes", "training", "refuse", "strategy", "cli", "__init__"}
@@ -125,7 +125,7 @@ def who_knows_lightning(source: Source) -> Iterator[str]:
 
 def who_communicates(source: Source) -> Iterator[str]:
     """comm.py is the only file that sends and receives."""
-    if source.module == "comm":
+    if source.module in ("board", "comm"):
         return
     allowed = STRATEGY_MAY if source.module in {"strategy", "processes"} else set()
     for node, name in used(source):

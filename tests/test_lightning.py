@@ -44,6 +44,7 @@ ATTRIBUTES = {
     "trainer": {"_signal_connector", "_accelerator_connector", "_teardown"},
     "signal connector": {"_sigterm_notifier_fn"},
     "metric": {"_forward_cache", "_update_count", "_computed", "_to_sync"},
+    "scaler": {"_unscale_grads_"},
     "fetcher": {"_start_profiler", "_stop_profiler"},
     "thread": {"_child_processes"},
 }
@@ -66,6 +67,7 @@ class Probe(L.Callback):
             "signal connector": trainer._signal_connector,
             "fetcher": loop._data_fetcher,
             "metric": MeanMetric(),
+            "scaler": torch.amp.GradScaler("cpu"),
             "LightningOptimizer": trainer.lightning_module.optimizers(),
         }
 
