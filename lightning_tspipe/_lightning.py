@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -15,9 +16,11 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException
@@ -145,6 +148,25 @@ def skip_preparation(trainer: pl.Trainer, prepared: Callable[[Any], bool]) -> Ca
     return undo
 
 
+def first_rank_skips(module: pl.LightningModule, first_says: Callable[[Any], Any]) -> Callable[[], None]:
+    """Whether `on_train_batch_start` skips the rest of the epoch is rank 0's to say: the others have a stand-in.
+
+    Returns:
+        What undoes it.
+    """
+    if not is_overridden("on_train_batch_start", module):
+        return lambda: None
+    hook = module.on_train_batch_start
+    module.on_train_batch_start = lambda *args: first_says(hook(*args))  # type: ignore[method-assign]
+    return lambda: delattr(module, "on_train_batch_start")
+
+
+def profiler_span(trainer: pl.Trainer) -> Callable[[str], AbstractContextManager[Any]] | None:
+    """What makes a span of the trainer's profiler, None if there is none."""
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    return None if isinstance(profiler, PassThroughProfiler) else profiler.profile
+
+
 def call_hook(trainer: pl.Trainer, name: str, *args: Any) -> Any:
     """Call a module hook as Lightning does (profiler span, `_current_fx_name` for `self.log`)."""
     return call._call_lightning_module_hook(trainer, name, *args)
@@ -154,23 +176,38 @@ class LoaderLink:
     """Puts a fetcher of ours in the place of Lightning's, whenever the fit loop makes one.
 
     The fetcher is the one place that sees whole batches, after all loaders are combined and limited.
+
+    Args:
+        trainer: the trainer.
+        wrap: makes our fetcher from Lightning's.
+        before: called before Lightning makes its first one, and with it the order of a shuffling loader.
     """
 
-    def __init__(self, trainer: pl.Trainer, wrap: Callable[[Any], Any]) -> None:
+    def __init__(self, trainer: pl.Trainer, wrap: Callable[[Any], Fetcher], before: Callable[[], None]) -> None:
         self._loop = trainer.fit_loop
+        self._loaders: list[Any] = []
         original = self._loop.setup_data
         made: list[Any] = [None]
 
         def setup_data() -> None:
+            if not self._loaders:
+                before()
             original()
             if self._loop._data_fetcher is not None and self._loop._data_fetcher is not made[0]:
-                made[0] = self._loop._data_fetcher = wrap(self._loop._data_fetcher)
+                made[0] = fetcher = wrap(self._loop._data_fetcher)
+                self._loop._data_fetcher = fetcher  # type: ignore[assignment]
+                loader: Any = self._loop._combined_loader
+                fetcher.states_now = partial(type(loader)._state_dicts, loader)
+                loader._state_dicts = fetcher.loader_states
+                self._loaders.append(loader)
 
         self._loop.setup_data = setup_data  # type: ignore[method-assign]
 
     def close(self) -> None:
         """Take the hook out again."""
         self._loop.__dict__.pop("setup_data", None)
+        for loader in self._loaders:
+            loader.__dict__.pop("_state_dicts", None)
 
 
 class SignalLink:
@@ -257,6 +294,7 @@ class Fetcher:
         self.fetched = 0
         self.done = False
         self.length: int | None = inner.length
+        self.states_now: Callable[[], list[Any]] = list  # states of the loaders that have one
         self._start_profiler: Callable[[], None] = lambda: None
         self._stop_profiler: Callable[[], None] = lambda: None
 
@@ -267,6 +305,10 @@ class Fetcher:
     def advance(self) -> tuple[Any, bool]:
         """The next batch, and whether it is the last one; raises StopIteration at the end."""
         raise NotImplementedError
+
+    def loader_states(self) -> list[Any]:
+        """What a checkpoint holds of the loaders."""
+        return self.states_now()
 
     def __iter__(self) -> Fetcher:
         iter(self._inner)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,6 +15,7 @@ from lightning_tspipe.comm import Comm
 from lightning_tspipe.partition import extra_states_of, tensors_of
 
 Groups = list[list[str]]
+KEY = "tspipe"  # of what a checkpoint holds beyond a plain one: the seed and the generators' states
 
 
 class Shards:
@@ -55,8 +58,21 @@ class Shards:
             if self._owners.get(name, self._rank) != self._rank and not tensor.is_meta:
                 _swap(tensor, torch.empty_like(tensor, device="meta"))
 
-    def restore(self) -> None:
-        """Give every rank every tensor, in host memory where it was another rank's."""
+    def restore(self, optimizers: Sequence[Optimizer], groups: Groups) -> None:
+        """Give every rank every tensor, in host memory where it was another rank's.
+
+        Optimizers get all their parameters back; rank 0's get the whole state too.
+        """
+        states = [self.optimizer_state(optimizer, groups) for optimizer in optimizers]
+        self._restore_module()
+        parameters = dict(self._module.named_parameters())
+        for optimizer, state in zip(optimizers, states, strict=True):
+            for group, names in zip(optimizer.param_groups, groups, strict=True):
+                group["params"] = [parameters[name] for name in names]
+            if state and self._comm is not None:
+                optimizer.load_state_dict(state)
+
+    def _restore_module(self) -> None:
         self.share_common()
         for name, tensor in tensors_of(self._module).items():
             if name in self._owners and self._comm is not None:
@@ -155,6 +171,25 @@ class Shards:
             for group, names in zip(state["param_groups"], groups, strict=True)
         ]
         optimizer.load_state_dict({**state, "state": parts, "param_groups": saved})
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator of this process, in types that `torch.load(weights_only=True)` takes."""
+    legacy: Any = numpy.random.get_state()
+    name, keys, *rest = legacy
+    of_numpy = (name, torch.from_numpy(keys.astype(numpy.int64)), *rest)
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": of_numpy}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """The inverse of `random_state`."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _swap(tensor: Tensor, value: Tensor) -> None:

@@ -7,6 +7,7 @@ every one is kept, with its buffer, until it is certain that the receiver has it
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections import deque
 from collections.abc import Hashable
@@ -26,7 +27,7 @@ POSTED = 2  # receives that each channel may always have posted at once
 POSTED_BYTES = 16 * 2**20  # more of them only while they take less memory than this
 # teacher, student, gradients, loss and logged values, sums on their way up and down, targets
 KINDS = ("T", "F", "B", "L", "U", "D", "Y")
-LINES = ("header", "relay", "eval", *KINDS)
+LINES = ("header", "verdict", "relay", "eval", *KINDS)
 
 
 class Line:
@@ -38,7 +39,7 @@ class Line:
 
     def send(self, message: object) -> None:
         """Send without waiting."""
-        payload = pickle.dumps(message)
+        payload = _pickled(message)
         head = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
         head[:8] = torch.tensor([len(payload)]).view(torch.uint8)
         inline = payload[: HEADER_BYTES - 8]
@@ -208,9 +209,11 @@ class Comm:
             if rank == source:
                 self.outward[kind] = Channel(self, kind, target, group)
             self._warm_up(group, source, target, 1 + KINDS.index(kind))
-        self.lines_in = {"header": Line(self, "header", 0)} if rank else {}
+        self.lines_in = {name: Line(self, name, 0) for name in ("header", "verdict")} if rank else {}
         self.lines_out: dict[str, Line] = {}
-        self._headers = [] if rank else [Line(self, "header", peer) for peer in range(1, stages)]
+        self._headers, self._verdicts = (
+            [] if rank else [Line(self, name, peer) for peer in range(1, stages)] for name in ("header", "verdict")
+        )
         if rank < stages - 1:
             self.lines_in["relay"] = Line(self, "relay", rank + 1)
             self.lines_out["eval"] = Line(self, "eval", rank + 1)
@@ -235,6 +238,12 @@ class Comm:
         """Tell every other rank about a batch; rank 0 sends to each directly, so that no rank waits for another."""
         for line in self._headers:
             line.send(header)
+
+    def first_says(self, value: Any) -> Any:
+        """Rank 0's value on every rank; rank 0 does not wait."""
+        for line in self._verdicts:
+            line.send(value)
+        return self.lines_in["verdict"].take() if self.rank else value
 
     def start(self, call: Any, tensor: Tensor, peer: int, place: int, tag: int) -> dist.Work:
         """Start one send or receive with the peer at a place in its group; a lost connection is a `PipelineError`."""
@@ -277,6 +286,7 @@ class Comm:
         self.lines_in.clear()
         self.lines_out.clear()
         self._headers.clear()
+        self._verdicts.clear()
         self._kept.clear()
         if hasattr(self, "control"):
             del self.control
@@ -360,6 +370,27 @@ def _new_group(ranks: list[int], backend: str, timeout: timedelta) -> dist.Proce
 def _bytes(tensor: Tensor) -> Tensor:
     """The same memory as bytes: neither gloo nor NCCL takes every type."""
     return tensor.reshape(-1).view(torch.uint8)
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as bytes: torch's own way does not know every type."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        host = value.detach().cpu().contiguous()
+        return _tensor_of, (_bytes(host).numpy().tobytes(), tuple(host.shape), host.dtype)
+
+
+def _pickled(message: object) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file).dump(message)
+    return file.getvalue()
+
+
+def _tensor_of(content: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    flat = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    return flat.view(dtype).reshape(shape)
 
 
 def _to_host(value: Any) -> Any:

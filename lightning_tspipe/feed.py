@@ -20,11 +20,12 @@ class Feed(Fetcher):
     Args:
         inner: Lightning's own fetcher.
         signals: where a SIGTERM is noted.
+        on_begin: called when a new pass begins, before anything of it is fetched.
     """
 
-    def __init__(self, inner: Any, signals: SignalLink) -> None:
+    def __init__(self, inner: Any, signals: SignalLink, on_begin: Callable[[], None]) -> None:
         super().__init__(inner)
-        self._signals = signals
+        self._signals, self._on_begin = signals, on_begin
         self._queue: deque[Batch | End] = deque()
         self.current: Batch | None = None
         self.stand_in: Any = None
@@ -37,6 +38,7 @@ class Feed(Fetcher):
     def begin(self) -> None:
         """Forget what was looked ahead in the pass before."""
         self.settle()
+        self._on_begin()
         self._queue.clear()
         self.current = None
 
@@ -80,7 +82,7 @@ class LeadingFeed(Feed):
     """The loading rank's feed.
 
     Args:
-        inner, signals: see `Feed`.
+        inner, signals, on_begin: see `Feed`.
         make: turns what the loader gave into (the prepared batch, its `Batch`).
         announce: sends a header to the other ranks.
         is_last_step: whether training ends with the current batch, so that no next one is fetched.
@@ -90,23 +92,34 @@ class LeadingFeed(Feed):
         self,
         inner: Any,
         signals: SignalLink,
+        on_begin: Callable[[], None],
         make: Callable[[Any], tuple[Any, Batch]],
         announce: Callable[[BatchInfo | End], None],
         is_last_step: Callable[[], bool],
     ) -> None:
-        super().__init__(inner, signals)
+        super().__init__(inner, signals, on_begin)
         self._make, self._announce, self._is_last_step = make, announce, is_last_step
         self._raws: dict[int, Any] = {}
+        self._states: dict[int, list[Any]] = {}  # of the loaders, when a batch had been fetched
 
     def begin(self) -> None:
         """Forget what was looked ahead in the pass before."""
         super().begin()
         self._raws.clear()
+        self._states.clear()
 
     def advance(self) -> tuple[Any, bool]:
         """Fetch and announce before the step begins, so that the others hear of it while this rank works."""
         self._fill(self.depth + 1)
-        return super().advance()
+        before = self.current
+        result = super().advance()
+        if before is not None:
+            self._states.pop(before.info.index, None)
+        return result
+
+    def loader_states(self) -> list[Any]:
+        """The state of each loader that has one, as of the current batch: what was looked ahead is fetched again."""
+        return self.states_now() if self.current is None else self._states[self.current.info.index]
 
     def _fill(self, count: int) -> None:
         while len(self._queue) < count and not (self._queue and isinstance(self._queue[-1], End)):
@@ -116,14 +129,19 @@ class LeadingFeed(Feed):
         entry: Batch | End = End()
         if self._signals.received:
             entry = End(terminate=True)
-        elif not (self._queue and self._is_last_step()):
+        elif self._is_within() and not (self._queue and self._is_last_step()):
             try:
                 raw, entry = self._make(next(self._inner)[0])
                 self._raws[entry.info.index] = raw
+                self._states[entry.info.index] = self.states_now()
             except StopIteration:
                 entry = End()
         self._announce(entry if isinstance(entry, End) else entry.info)
         return entry
+
+    def _is_within(self) -> bool:
+        """Whether the pass has one more batch; one that was resumed in its middle has fewer than the loader."""
+        return self.length is None or self.fetched + len(self._queue) < self.length
 
     def _raw(self, batch: Batch) -> Any:
         return self._raws.pop(batch.info.index)
@@ -133,12 +151,12 @@ class FollowingFeed(Feed):
     """The feed of every other rank.
 
     Args:
-        inner, signals: see `Feed`.
+        inner, signals, on_begin: see `Feed`.
         comm: where the headers come from.
     """
 
-    def __init__(self, inner: Any, signals: SignalLink, comm: Comm) -> None:
-        super().__init__(inner, signals)
+    def __init__(self, inner: Any, signals: SignalLink, on_begin: Callable[[], None], comm: Comm) -> None:
+        super().__init__(inner, signals, on_begin)
         self._line = comm.lines_in["header"]
 
     def settle(self) -> None:

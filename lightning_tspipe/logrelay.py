@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tspipe import tree
+from lightning_tspipe.comm import Channel, Comm
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -55,6 +58,40 @@ class LossReport:
         """Each entry with its value."""
         values = iter(self.values)
         return [(entry, None if entry.shape is None else next(values)) for entry in self.entries]
+
+
+class LossRelay:
+    """Carries a report, and whether the job was asked to end, from the last rank up to rank 0.
+
+    Args:
+        comm: this rank's connections.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+
+    def post(self) -> None:
+        """Post the receive of this step's report."""
+        self._comm.lines_in["relay"].post()
+
+    def take(self) -> tuple[LossReport, bool]:
+        """Wait for the report of the rank behind this one."""
+        entries, terminate = self._comm.lines_in["relay"].take()
+        size, channel = self._know(entries, self._comm.inward["L"])
+        channel.post(size)
+        (vector,) = channel.take()
+        return LossReport.of_vector(entries, vector), terminate
+
+    def pass_on(self, report: LossReport, terminate: bool) -> None:
+        """Send it to the rank before this one."""
+        self._comm.lines_out["relay"].send((report.entries, terminate))
+        size, channel = self._know(report.entries, self._comm.outward["L"])
+        channel.send(size, [report.vector(self._comm.device)])
+
+    def _know(self, entries: list[Entry], channel: Channel) -> tuple[int, Channel]:
+        size = sum(entry.size for entry in entries)
+        channel.know(size, tree.flatten([torch.empty(0)])[1], (((size,), torch.float64),))
+        return size, channel
 
 
 class Recorder:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from lightning_tspipe import tree
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, shapes_of
-from lightning_tspipe.logrelay import Entry, LossReport, mean_of
+from lightning_tspipe.logrelay import LossRelay, LossReport, mean_of
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.schedule import Action, Costs, Op, Schedule, lower, step_order
 from lightning_tspipe.stage import Network, Stage, differentiable
@@ -23,6 +24,7 @@ from lightning_tspipe.teacher import MomentumTeacher
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Batch, int], None]
+NOTHING = nullcontext()
 
 
 class StepHooks(Protocol):
@@ -56,7 +58,8 @@ class Runtime:
         planner: makes the schedule for a number of microbatches.
         teacher: the momentum update of this rank; None for a frozen teacher.
         loss_over: "batch" or "microbatch".
-        rank: which stage this is.
+        rank, stages: which stage this is, of how many.
+        span: a context to run each action in, by its name, for a profiler; None costs nothing.
     """
 
     def __init__(
@@ -68,9 +71,12 @@ class Runtime:
         loss_over: Literal["batch", "microbatch"],
         rank: int,
         stages: int,
+        span: Callable[[str], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self._stage, self._comm, self._planner, self._teacher = stage, comm, planner, teacher
         self._loss_over, self._rank, self._stages = loss_over, rank, stages
+        self._relay = None if comm is None else LossRelay(comm)
+        self._span = span
         self._last = rank == stages - 1
         self._done: Counter[int] = Counter()  # batch -> teacher forwards already made
         self._versions: dict[int, int] = {}
@@ -158,7 +164,8 @@ class Runtime:
                     continue
                 target = self._next
             try:
-                self._table[op.verb, action.kind](target, action.microbatch)
+                with self._span(f"[TSPipe]{action}") if self._span is not None and op.verb == "run" else NOTHING:
+                    self._table[op.verb, action.kind](target, action.microbatch)
             except Exception:
                 self._show(batch.info.microbatches, action)
                 raise
@@ -195,7 +202,8 @@ class Runtime:
             return
         channels = self._comm
         if not self._last:
-            channels.lines_in["relay"].post()
+            assert self._relay is not None
+            self._relay.post()
         structure, shapes = batch.info.target
         key = (structure, shapes)
         if self._rank == 0 and shapes:
@@ -289,7 +297,7 @@ class Runtime:
             self._differentiate_loss(batch, q)
             gradients = self._gradients.pop(q)
         else:
-            self._relay(batch, q)
+            self._take_report(batch)
             gradients = self._take("B")
             start = time.perf_counter()
         self._out = self._stage.backward(work, gradients)
@@ -360,40 +368,26 @@ class Runtime:
     def _publish(self) -> None:
         """Send loss and logged values upstream, ahead of the gradients."""
         self._report = mean_of(self._reports)
-        if self._comm is not None:
-            self._pass_on(self._report, self._report.vector(self._comm.device), self._hooks.terminating())
+        if self._relay is not None:
+            self._relay.pass_on(self._report, self._hooks.terminating())
 
-    def _relay(self, batch: Batch, q: int) -> None:
+    def _take_report(self, batch: Batch) -> None:
         """Take loss and logged values from below, and pass them on.
 
         They come before the first backward (loss over the batch) or the last one (per microbatch, when complete).
         """
-        assert self._comm is not None
+        assert self._relay is not None
         due = 0 if self._loss_over == "batch" else batch.info.microbatches - 1
         if self._backwards not in (0, due):
             return
         self._stage.leave()
         if self._backwards != due:
-            self._hooks.before_backward(torch.zeros((), device=self._comm.device))
+            self._hooks.before_backward(torch.zeros((), device=self._stage.device))
             return
-        entries, terminate = self._comm.lines_in["relay"].take()
-        size = sum(entry.size for entry in entries)
-        self._comm.inward["L"].know(size, tree.flatten([torch.empty(0)])[1], (((size,), torch.float64),))
-        self._comm.inward["L"].post(size)
-        (vector,) = self._take("L")
-        self._report = LossReport.of_vector(entries, vector)
+        self._report, terminate = self._relay.take()
         if terminate:
             self._hooks.terminate()
         if self._rank:
-            self._pass_on(self._report, vector, terminate or self._hooks.terminating())
+            self._relay.pass_on(self._report, terminate or self._hooks.terminating())
         if due == 0:
             self._hooks.before_backward(self._report.values[0])
-
-    def _pass_on(self, report: LossReport, vector: Tensor, terminate: bool) -> None:
-        assert self._comm is not None
-        entries: list[Entry] = report.entries
-        self._comm.lines_out["relay"].send((entries, terminate))
-        size = sum(entry.size for entry in entries)
-        channel = self._comm.outward["L"]
-        channel.know(size, tree.flatten([vector])[1], (((size,), torch.float64),))
-        channel.send(size, [vector])

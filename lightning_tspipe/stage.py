@@ -48,7 +48,7 @@ class Stage:
             "student": [layer.module for layer in student],
             "teacher": [layer.module for layer in teacher],
         }
-        self._index, self._first, self._seed = index, first, seed
+        self._index, self._first, self._seed, self.device = index, first, seed, device
         self._generator = torch.default_generator
         if device.type == "cuda":
             self._generator = torch.cuda.default_generators[device.index or 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -23,22 +23,18 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tspipe import _lightning
-from lightning_tspipe.checkpoint import Groups, Shards
+from lightning_tspipe.checkpoint import KEY, Groups, Shards, random_state, set_random_state
 from lightning_tspipe.comm import Comm
-from lightning_tspipe.data import Batch, make_batch
 from lightning_tspipe.errors import PipelineError
-from lightning_tspipe.feed import Feed, FollowingFeed, LeadingFeed, SharedLoader, SilentLoader
+from lightning_tspipe.feed import SharedLoader, SilentLoader
+from lightning_tspipe.fitting import Fitting
 from lightning_tspipe.module import TeacherStudentModule
-from lightning_tspipe.partition import Balance, Partition, partition
+from lightning_tspipe.partition import Balance, partition
 from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
 from lightning_tspipe.processes import ProcessStrategy
 from lightning_tspipe.refuse import SEVERAL_OPTIMIZERS, check_optimizers, check_strategy_arguments, check_trainer
-from lightning_tspipe.runtime import Runtime
 from lightning_tspipe.schedule import Costs, Schedule
 from lightning_tspipe.stage import Network, Stage
-from lightning_tspipe.teacher import MomentumTeacher, pair_parameters
-from lightning_tspipe.training import MetricSync, TrainingHooks
-from lightning_tspipe.whole import WholeGradient
 
 
 class TSPipeStrategy(ProcessStrategy):
@@ -82,12 +78,12 @@ class TSPipeStrategy(ProcessStrategy):
         self._comm: Comm | None = None
         self._shards: Shards | None = None
         self._stage: Stage | None = None
-        self._runtime: Runtime | None = None
-        self._feed: Feed | None = None
-        self._teacher: MomentumTeacher | None = None
+        self._fitting: Fitting | None = None
         self._groups: Groups = []
         self._undo: list[Callable[[], None]] = []
-        self._failed = self._in_step = False
+        self._failed = False
+        self._seed = 0
+        self._resumed: Mapping[str, Any] = {}  # what a checkpoint holds of ours
 
     @classmethod
     @override
@@ -103,17 +99,17 @@ class TSPipeStrategy(ProcessStrategy):
     @property
     def plan(self) -> Schedule | None:
         """The schedule of the last step; None outside of a fit."""
-        return None if self._runtime is None else self._runtime.current
+        return None if self._fitting is None else self._fitting.runtime.current
 
     @property
     def costs(self) -> Costs | None:
         """The costs that the schedule was made for; None outside of a fit."""
-        return None if self._runtime is None else self._runtime.costs
+        return None if self._fitting is None else self._fitting.runtime.costs
 
     @property
     def busy(self) -> dict[str, float]:
         """Seconds that this rank has spent in T, F and B since the fit began."""
-        return dict(self._runtime.busy) if self._runtime is not None else {}
+        return {} if self._fitting is None else dict(self._fitting.runtime.busy)
 
     @property
     def _module(self) -> TeacherStudentModule:
@@ -124,7 +120,7 @@ class TSPipeStrategy(ProcessStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None and self.lightning_module is not None
-        self._failed = self._in_step = False
+        self._failed = False
         self.accelerator.setup(trainer)
         check_trainer(trainer, self.lightning_module, self.world_size, self._stages)
         module, stages, rank = self._module, self.world_size, self.global_rank
@@ -137,16 +133,20 @@ class TSPipeStrategy(ProcessStrategy):
             self._comm = Comm(rank, stages, self.root_device, self._backend or "gloo", self._timeout)
             _lightning.retire_process_observer()
         self._shards = Shards(module, parts.owners(), rank, self._comm)
-        seed = self.broadcast(torch.initial_seed())
+        self._seed = self._resumed.get("seed", self.broadcast(torch.initial_seed()))
         self._shards.spread()
         self._shards.release()
         self.model_to_device()
         mine = parts.student[rank], parts.teacher[rank]
-        self._stage = Stage(*mine, rank, rank == 0, self.root_device, seed)
+        self._stage = Stage(*mine, rank, rank == 0, self.root_device, self._seed)
         self._patch(trainer, module)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
-            self._setup_training(trainer, module, parts)
+            lookahead = module.momentum is None or module.teacher_delay != 0
+            post_ahead = 0 if self._comm is None else self._comm.post_ahead
+            planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule, post_ahead)
+            self._fitting = Fitting(trainer, module, self._stage, self._comm, planner, self._microbatches, rank, stages)
+            self._fitting.connect(self._shards.places(self._groups), self._restore_random_state)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _lightning.optimizers_to_device(self.optimizers, self.root_device)
@@ -166,37 +166,6 @@ class TSPipeStrategy(ProcessStrategy):
             self._module.check_optimizer(optimizer)
             self._groups = self._shards.take_groups(optimizer)
 
-    def _setup_training(self, trainer: pl.Trainer, module: TeacherStudentModule, parts: Partition) -> None:
-        delay = 1 if module.teacher_delay is None else module.teacher_delay
-        if module.momentum is not None:
-            pairs = pair_parameters(module.teacher, module.ema_source()).values()
-            local = [(teacher, student) for teacher, student in pairs if not teacher.is_meta]
-            assert all(not student.is_meta for _, student in local), "a teacher stage is not where its source is"
-            self._teacher = MomentumTeacher(local, module.momentum)
-        lookahead = module.momentum is None or delay == 1
-        post_ahead = 0 if self._comm is None else self._comm.post_ahead
-        planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule, post_ahead)
-        assert self._stage is not None and self._shards is not None
-        self._runtime = Runtime(
-            self._stage, self._comm, planner, self._teacher, module.loss_over, self.global_rank, self.world_size
-        )
-        self._signals = _lightning.SignalLink(trainer)
-        self._hooks = TrainingHooks(trainer, module, self._signals)
-        self._loaded = trainer.fit_loop.total_batch_idx
-        link = _lightning.LoaderLink(trainer, self._make_feed)
-        _lightning.take_over_backward(trainer, True)
-        skipping = _lightning.skip_preparation(
-            trainer, lambda batch: self._feed is not None and batch is self._feed.stand_in
-        )
-        self._undo += [self._signals.close, link.close, lambda: _lightning.take_over_backward(trainer, False)]
-        self._undo.append(skipping)
-        if self._comm is not None:
-            whole = WholeGradient(self.precision_plugin, self._comm, *self._shards.places(self._groups))
-            self._undo.append(whole.close)
-            sync = MetricSync(self._hooks, self._comm)
-            trainer.callbacks.insert(0, sync)  # type: ignore[attr-defined]
-            self._undo.append(lambda: trainer.callbacks.remove(sync))  # type: ignore[attr-defined]
-
     def _patch(self, trainer: pl.Trainer, module: TeacherStudentModule) -> None:
         """`self.student(x)` and `self.teacher(x)` run through all stages; one pipeline is one replica."""
         self._undo = [self._stage.close] if self._stage is not None else []
@@ -210,32 +179,6 @@ class TSPipeStrategy(ProcessStrategy):
             network = getattr(module, name)
             network.forward = partial(self.run_through, name)
             self._undo.append(lambda network=network: network.__dict__.pop("forward", None))  # type: ignore[misc]
-
-    def _make_feed(self, inner: Any) -> Feed:
-        previous = self._feed
-        if previous is not None:
-            previous.settle()
-        if self._comm is not None and self.global_rank:
-            self._feed = FollowingFeed(inner, self._signals, self._comm)
-        else:
-            announce = self._comm.send_header if self._comm is not None else lambda header: None
-            self._feed = LeadingFeed(inner, self._signals, self._load, announce, self._is_last_step)
-        return self._feed
-
-    def _load(self, raw: Any) -> tuple[Any, Batch]:
-        """Lightning's preparation, the user's input hooks, the cut into microbatches."""
-        module, runtime = self._module, self._runtime
-        assert runtime is not None
-        batch = _lightning.prepare_batch(module.trainer, raw)
-        self._loaded += 1
-        count = runtime.microbatches if self._microbatches == "auto" else self._microbatches
-        inputs = module.student_input(batch), module.teacher_input(batch), module.target(batch)
-        return batch, make_batch(self._loaded, batch, *inputs, count, fixed=self._microbatches != "auto")
-
-    def _is_last_step(self) -> bool:
-        trainer = self._module.trainer
-        one_more = trainer.accumulate_grad_batches == 1 and trainer.global_step + 1 >= trainer.max_steps
-        return trainer.max_steps != -1 and one_more
 
     @override
     def model_to_device(self) -> None:
@@ -252,51 +195,31 @@ class TSPipeStrategy(ProcessStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        if self._feed is not None and batch is self._feed.stand_in:
+        if self._fitting is not None and self._fitting.is_stand_in(batch):
             return batch
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def on_train_start(self) -> None:
-        if self._teacher is not None:
-            self._teacher.version = self._module.version_of(self._module.trainer.global_step + 1, default_delay=1)
+        assert self._fitting is not None
+        self._fitting.begin()
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        assert self._runtime is not None and self._feed is not None and self._feed.current is not None
-        module, trainer = self._module, self._module.trainer
-        step = trainer.global_step + 1
-        updates = not _lightning.accumulates(trainer)
-        next_version = module.version_of(step + updates, default_delay=1)
-        self._in_step = True
-        with self.precision_plugin.train_step_context():
-            report = self._runtime.run_step(
-                self._feed.current,
-                self._feed.upcoming,
-                self._hooks,
-                version=module.version_of(step, default_delay=1),
-                next_version=next_version,
-                completed=step - 1,
-                lookahead=self._teacher is None or next_version <= step - 1,
-                updates=updates,
-            )
-        self._in_step = False
-        return self._hooks.finish(report, self.global_rank == self.world_size - 1)
+        assert self._fitting is not None
+        return self._fitting.step()
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        step = self._module.trainer.global_step + 1  # Lightning counts the step after this call
-        if self._teacher is not None and self._module.version_of(step + 1, default_delay=1) == step:
-            self._teacher.advance(step, step)
+        assert self._fitting is not None
+        self._fitting.after_optimizer_step()
         return output
 
     @override
     def on_train_end(self) -> None:
-        assert self._runtime is not None
-        self._runtime.finish_ahead()
-        if self._feed is not None:
-            self._feed.settle()
+        assert self._fitting is not None
+        self._fitting.end()
 
     @override
     def on_validation_start(self) -> None:
@@ -316,7 +239,7 @@ class TSPipeStrategy(ProcessStrategy):
 
     def run_through(self, network: Network, inputs: Any) -> Any:
         """A forward of one network through all stages, the same result on every rank."""
-        if self._in_step:
+        if self._fitting is not None and self._fitting.in_step:
             raise MisconfigurationException(
                 f"self.{network}(...) was called in a training step, where each rank has one stage only. Use the "
                 "outputs that `loss` gets; in validation_step, test_step and predict_step the call works."
@@ -327,13 +250,14 @@ class TSPipeStrategy(ProcessStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self._shards is not None
-        return self._shards.state_dict()
+        return super().lightning_module_state_dict() if self._shards is None else self._shards.state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        assert self._shards is not None
-        return self._shards.optimizer_state(_lightning.plain_optimizer(optimizer), self._groups)
+        optimizer = _lightning.plain_optimizer(optimizer)
+        if self._shards is None:  # after fit, when it is whole again
+            return super().optimizer_state(optimizer)
+        return self._shards.optimizer_state(optimizer, self._groups)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -343,6 +267,29 @@ class TSPipeStrategy(ProcessStrategy):
             _lightning.optimizers_to_device([optimizer], self.root_device)
 
     @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if "optimizer_states" in checkpoint:
+            checkpoint[KEY] = {"seed": self._seed, **self._random_states()}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(*args, **kwargs)
+        self._resumed = checkpoint.get(KEY, {})
+        return checkpoint
+
+    def _random_states(self) -> dict[str, Any]:
+        """Where the generators of the rank that loads and of the one that runs `loss` are."""
+        state = random_state(self.root_device)
+        states = [state] if self._comm is None else self._comm.gather(state)
+        return {"first": states[0], "last": states[-1]} if states else {}
+
+    def _restore_random_state(self) -> None:
+        for name, rank in (("last", self.world_size - 1), ("first", 0)):
+            if rank == self.global_rank and name in self._resumed:
+                set_random_state(self._resumed[name], self.root_device)
+
+    @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
         if self._comm is not None and not isinstance(exception, PipelineError | SystemExit):
@@ -350,17 +297,20 @@ class TSPipeStrategy(ProcessStrategy):
             self._comm.board.report(f"rank {self.global_rank} (stage {self.global_rank}) failed:\n{text}")
         if isinstance(exception, SIGTERMException):
             exception.code = 128 + signal.SIGTERM
-        if isinstance(exception, SystemExit) and self._runtime is not None:
+        if isinstance(exception, SystemExit) and self._fitting is not None:
             self._failed = False  # an orderly end: every rank is at the same step boundary
             self.on_train_end()
 
     @override
     def teardown(self) -> None:
+        fitting, self._fitting = self._fitting, None
+        if fitting is not None:
+            fitting.close()
         for undo in reversed(self._undo):
             undo()
         self._undo = []
         if self._shards is not None and not self._failed:
-            self._shards.restore()
+            self._shards.restore([] if fitting is None else self.optimizers, self._groups)
         if self._comm is not None:
             if not self._failed:
                 self._comm.drain()
@@ -368,7 +318,8 @@ class TSPipeStrategy(ProcessStrategy):
             if self._failed:
                 dist.destroy_process_group()  # wakes the peers that wait for this rank
                 self._comm.board.linger(self.world_size)
-        self._comm = self._shards = self._stage = self._runtime = self._feed = self._teacher = None
+        self._comm = self._shards = self._stage = None
+        self._resumed = {}
         if self._failed:
             self.precision_plugin.teardown()
         else:

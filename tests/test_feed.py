@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader, Dataset
 
+from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, BatchInfo, End, make_batch
-from lightning_tspipe.feed import LeadingFeed, SilentLoader
+from lightning_tspipe.feed import FollowingFeed, LeadingFeed, SharedLoader, SilentLoader
+from tests.test_comm import ranks
 
 
 class Signals:
@@ -57,7 +63,9 @@ class Case:
             0,
             last_step,
         )
-        self.feed = LeadingFeed(self.loader, self.signals, self.make, self.headers.append, self.is_last)  # type: ignore[arg-type]
+        self.feed = LeadingFeed(  # type: ignore[arg-type]
+            self.loader, self.signals, lambda: None, self.make, self.headers.append, self.is_last
+        )  # fmt: skip
         iter(self.feed)
 
     def make(self, raw: Any) -> tuple[Any, Batch]:
@@ -129,8 +137,130 @@ def test_an_empty_loader() -> None:
     assert case.headers == [End()]
 
 
+# --- the other ranks
+
+
+class Line(deque[BatchInfo | End]):
+    """Stands for the line of headers, where a take waits for ever when nothing was sent."""
+
+    def take(self) -> BatchInfo | End:
+        assert self, "a header was asked for before it was sent"
+        return self.popleft()
+
+
+class Followed(Case):
+    """A case, and the feed of another rank that takes each of its steps after it."""
+
+    def __init__(self, batches: int, sized: bool = True, last_step: int = 0) -> None:
+        super().__init__(batches, sized, last_step)
+        self.unread, self.heard, self.unused = Line(), Signals(), Loader(batches, sized)
+        comm: Any = SimpleNamespace(lines_in={"header": self.unread})
+        self.follower = FollowingFeed(self.unused, self.heard, lambda: None, comm)  # type: ignore[arg-type]
+        iter(self.follower)
+
+    def both(self) -> Any:
+        """The next batch; what the follower gives for it."""
+        next(self.feed)
+        self.unread += self.headers
+        self.headers.clear()
+        return next(self.follower)[0]
+
+    def same(self) -> bool:
+        """Whether the strategy and Lightning see the same of both feeds."""
+        views = []
+        for feed in (self.feed, self.follower):
+            upcoming = feed.upcoming()
+            assert feed.current is not None
+            views.append((feed.current.info, upcoming and upcoming.info, feed.fetched, feed.done))
+        return views[0] == views[1]
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_follower_does_what_the_headers_say(sized: bool) -> None:
+    """Batch for batch, over two passes, without a batch of its own."""
+    case = Followed(3, sized)
+    for _ in range(2):
+        for _ in range(3):
+            batch = case.both()
+            assert case.same()
+            assert (batch.device.type, batch.shape) == ("meta", (2, 1))
+            assert case.follower.stand_in is batch
+        for feed in (case.feed, case.follower):
+            with pytest.raises(StopIteration):
+                next(feed)
+            assert (feed.current, feed.done) == (None, True)
+            iter(feed)
+        assert not case.unread
+    assert not case.unused.asked
+    assert not case.heard.acted
+
+
+def test_a_sigterm_is_acted_on_by_a_follower() -> None:
+    case = Followed(5)
+    case.both()
+    case.signals.received = True
+    case.both()
+    assert not case.heard.acted
+    assert case.follower.upcoming() is None
+    assert case.heard.acted
+    with pytest.raises(SIGTERMException):
+        next(case.follower)
+
+
+@pytest.mark.parametrize("end", [FollowingFeed.settle, iter], ids=["settle", "iter"])
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize(("sized", "last_step"), [(True, 0), (False, 0), (True, 2)])
+def test_a_pass_that_is_broken_off_leaves_no_header(end: Any, steps: int, sized: bool, last_step: int) -> None:
+    """Even if the follower has not looked at the next batch yet; then another pass works."""
+    case = Followed(4, sized, last_step)
+    for _ in range(steps):
+        case.both()
+    end(case.follower)
+    assert not case.unread
+    iter(case.feed)
+    iter(case.follower)
+    case.both()
+    assert case.same()
+
+
+# --- loaders
+
+
+class Rows(Dataset[Any]):
+    """Rows that tell the rank that loads them, and a record of what was asked for."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.asked = rank, list[int]()
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> Any:
+        self.asked.append(index)
+        return {"row": torch.tensor(10.0 * self.rank + index, dtype=torch.float64), "name": f"row {index}"}
+
+
+def test_every_rank_gets_the_batches_of_rank_0() -> None:
+    """Over two passes; the others do not load."""
+
+    def body(comm: Comm) -> Any:
+        rows = Rows(comm.rank + 1)
+        loader = SharedLoader(DataLoader(rows, 3), comm)
+        passes = [[(batch["row"].dtype, batch["row"].tolist(), batch["name"]) for batch in loader] for _ in range(2)]
+        return passes, len(loader), loader.batch_size, rows.asked, list(SharedLoader([], comm))
+
+    first = (torch.float64, [10.0, 11.0, 12.0], ["row 0", "row 1", "row 2"])
+    second = (torch.float64, [13.0, 14.0], ["row 3", "row 4"])
+    expected = [[first, second]] * 2, 2, 3
+    assert ranks(body, 3) == [(*expected, [*range(5)] * 2, []), (*expected, [], []), (*expected, [], [])]
+
+
 def test_a_silent_loader_has_the_length_and_no_batches() -> None:
-    loader = SilentLoader(torch.utils.data.DataLoader(torch.arange(6), batch_size=2))
-    assert len(loader) == 3
-    assert loader.batch_size == 2
-    assert list(loader) == []
+    loader = SilentLoader(DataLoader(Rows(0), batch_size=2))
+    for each in (loader, copy.copy(loader)):
+        assert len(each) == 3
+        assert each.batch_size == 2
+        assert list(each) == []
+    assert loader.dataset.asked == []
+    with pytest.raises(TypeError):
+        len(SilentLoader(iter([])))

@@ -24,10 +24,22 @@ ORDER = (
     # one rank at work
     *("stage", "data", "board", "comm", "logrelay", "checkpoint", "runtime"),
     # what meets Lightning
-    *("_lightning", "whole", "module", "processes", "feed", "training", "refuse", "strategy", "cli", "__init__"),
+    *(
+        "_lightning",
+        "whole",
+        "module",
+        "processes",
+        "feed",
+        "training",
+        "fitting",
+        "refuse",
+        "strategy",
+        "cli",
+        "__init__",
+    ),
 )
 STDLIB_ONLY = {"errors", "schedule", "simulate"}
-KNOW_LIGHTNING = {"_lightning", "module", "processes", "training", "refuse", "strategy", "cli", "__init__"}
+KNOW_LIGHTNING = {"_lightning", "module", "processes", "training", "fitting", "refuse", "strategy", "cli", "__init__"}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
 COMMUNICATES = re.compile(r"send|recv|broadcast|reduce|gather|scatter|all_to_all|barrier|P2POp")

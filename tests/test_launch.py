@@ -176,6 +176,8 @@ def test_steady_steps_exchange_activations_gradients_and_headers_only(
             "B": steps * microbatches * (rank > 0),
             "L": steps * (rank > 0),  # loss and logged values
             "Y": steps * (rank == 0),  # the target
+            "U": 0,
+            "D": 0,  # sums over the ranks: only for clipping by norm and for a loss scale
             "line": steps * (last if rank == 0 else 1),  # headers downstream, names of logged values upstream
         }
         assert found["messages"] == sent, rank

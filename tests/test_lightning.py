@@ -37,7 +37,8 @@ PARAMETERS = {
 # private attributes of objects, tested below by name
 ATTRIBUTES = {
     "LightningOptimizer": {"_optimizer"},
-    "fit loop": {"_should_accumulate", "_skip_backward", "_data_fetcher"},
+    "fit loop": {"_should_accumulate", "_skip_backward", "_data_fetcher", "_combined_loader"},
+    "combined loader": {"_state_dicts"},
     "epoch loop": {"_broadcast_sigterm_tensor"},
     "automatic optimization": {"_on_before_zero_grad", "_optimizer_zero_grad"},
     "module": {"_on_before_batch_transfer", "_apply_batch_transfer_handler"},
@@ -60,6 +61,7 @@ class Probe(L.Callback):
         loop = trainer.fit_loop
         self.seen = {
             "fit loop": loop,
+            "combined loader": loop._combined_loader,
             "epoch loop": loop.epoch_loop,
             "automatic optimization": loop.epoch_loop.automatic_optimization,
             "module": trainer.lightning_module,
