@@ -214,13 +214,22 @@ class SignalLink:
     """A SIGTERM only sets a flag, and Lightning's broadcast before every batch, which would flush the pipeline, is off.
 
     Lightning's own handler issues a collective, which hangs when one rank alone is signalled.
+
+    Args:
+        trainer: the trainer.
+        alone: whether there is one pipeline.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self._trainer = trainer
-        self.received = False
+    def __init__(self, trainer: pl.Trainer, alone: bool) -> None:
+        self._trainer, self._alone = trainer, alone
+        self.received = self.agreed = False
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         trainer._signal_connector._sigterm_notifier_fn = self._notify  # type: ignore[method-assign, assignment]
+
+    @property
+    def due(self) -> bool:
+        """Whether this pipeline is to end; several pipelines end at the same step, once all know of it."""
+        return self.received if self._alone else self.agreed
 
     def act(self) -> None:
         """Every rank knows: Lightning ends the job at the end of this step."""

@@ -7,7 +7,7 @@ normalized by its own statistics; what a validation uses is then the same for ev
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -16,6 +16,13 @@ from torch import Tensor, nn
 
 Slot = tuple[int, int]  # batch, view
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+
+
+class Joint(NamedTuple):
+    """How a sum is taken over data-parallel replicas, with gradients, and how many there are."""
+
+    total: Callable[[Tensor], Tensor]
+    replicas: int
 
 
 class _Part(NamedTuple):
@@ -29,9 +36,11 @@ class DeferredBatchNorm:
 
     Args:
         modules: modules to search for batch norms; others are left alone.
+        joint: the data-parallel replicas whose microbatches are normalized together; None normalizes each by itself.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], joint: Joint | None = None) -> None:
+        self._joint = joint
         self._norms = [m for root in modules for m in root.modules() if isinstance(m, Norm) and m.track_running_stats]
         self._parts: dict[Slot, dict[int, list[_Part]]] = defaultdict(lambda: defaultdict(list))
         self.slot: Slot = (0, 0)
@@ -59,11 +68,32 @@ class DeferredBatchNorm:
         if not norm.training:
             return type(norm).forward(norm, inputs)
         assert norm.running_mean is not None and norm.running_var is not None
+        if self._joint is not None:
+            output, part = _joint(norm, inputs, self._joint)
+            self._parts[self.slot][index].append(part)
+            return output
         # with momentum 1 the kernel leaves the statistics of this microbatch in the two buffers, at no extra cost
         mean, var = torch.zeros_like(norm.running_mean), torch.ones_like(norm.running_var)
         output = nn.functional.batch_norm(inputs, mean, var, norm.weight, norm.bias, True, 1.0, norm.eps)
         self._parts[self.slot][index].append(_Part(inputs.numel() // inputs.shape[1], mean, var))
         return output
+
+
+def _joint(norm: Norm, inputs: Tensor, joint: Joint) -> tuple[Tensor, _Part]:
+    """Normalize by mean and variance over all replicas, in two passes for the sake of precision."""
+    x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    dims, shape = [dim for dim in range(x.ndim) if dim != 1], [1, -1, *[1] * (x.ndim - 2)]
+    rows = x.numel() // x.shape[1]
+    sums = joint.total(torch.cat([x.sum(dims), x.new_full((1,), rows)]))
+    count = sums[-1].detach()
+    mean = sums[:-1] / count
+    centered = x - mean.reshape(shape)
+    var = joint.total(centered.square().sum(dims)) / count
+    output = centered * torch.rsqrt(var + norm.eps).reshape(shape)
+    if norm.affine:
+        output = output * norm.weight.reshape(shape) + norm.bias.reshape(shape)
+    unbiased = var.detach() * count / (count - 1).clamp(min=1)
+    return output.to(inputs.dtype), _Part(rows * joint.replicas, mean.detach(), unbiased)
 
 
 def _update(norm: Norm, parts: list[_Part]) -> None:

@@ -11,14 +11,17 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_tspipe.errors import PipelineError
+from lightning_tspipe.topology import Topology
 
 LINGER = timedelta(seconds=5)
+HEARSAY = timedelta(seconds=2)
 
 
 class FailureBoard:
     """Where the first rank that fails says why, for the others to repeat; it lives on rank 0."""
 
-    def __init__(self, rank: int, world_size: int, timeout: timedelta) -> None:
+    def __init__(self, topology: Topology, timeout: timedelta) -> None:
+        rank, self._topology = topology.rank, topology
         host = os.environ["MASTER_ADDR"]
         address: list[Any] = [None]
         if rank == 0:
@@ -37,24 +40,30 @@ class FailureBoard:
             self._store.compare_set("failure", "", text)
             self._store.set(f"seen {self._rank}", "")
 
-    def explain(self, peer: int, error: object = "") -> PipelineError:
-        """The error to raise when the connection to `peer` is gone, as `error` says."""
-        died = "rank {0} (stage {0}) died without a word: it was killed, or ran out of memory. See its own output."
+    def explain(self, peer: int | None, error: object = "") -> PipelineError:
+        """The error to raise when the connection to `peer` (None: to one of several) is gone, as `error` says."""
+        died = "{} died without a word: it was killed, or ran out of memory. See its own output."
         died += f" The connection said: {error}" if str(error) else ""
         try:
+            if peer is None:  # the ranks beside the dead one know its name
+                with suppress(Exception):
+                    self._store.wait(["failure"], HEARSAY)
             if not self._store.check(["failure"]):
-                self._store.compare_set("failure", "", died.format(peer))
+                self._store.compare_set("failure", "", died.format(self._name(peer)))
                 self._store.set(f"seen {peer}", "")
             text = self._store.get("failure").decode()
             self._store.set(f"seen {self._rank}", "")
         except Exception:
-            text = died.format(0)
+            text = died.format(self._name(0))
         self.failed = True
         return PipelineError(f"Rank {self._rank} stops because the pipeline lost a rank: {text}")
 
-    def linger(self, stages: int) -> None:
+    def _name(self, rank: int | None) -> str:
+        return "another rank" if rank is None else self._topology.describe(rank)
+
+    def linger(self) -> None:
         """On rank 0, whose end takes the board away: wait until every other rank has read it or is dead."""
         if self._rank:
             return
         with suppress(Exception):  # it took too long: they will say that rank 0 died
-            self._store.wait([f"seen {rank}" for rank in range(1, stages)], LINGER)
+            self._store.wait([f"seen {rank}" for rank in range(1, self._topology.world_size)], LINGER)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.partition import extra_states_of, tensors_of
+from lightning_tspipe.replicas import Replicas
 
 Groups = list[list[str]]
 KEY = "tspipe"  # of what a checkpoint holds beyond a plain one: the seed and the generators' states
@@ -24,16 +25,25 @@ class Shards:
     Args:
         module: the user's module.
         owners: owner by qualified name; names that are missing are everyone's, and the last rank's are the true ones.
-        rank: this rank.
+        stage: this rank's.
         comm: this rank's connections; None for one stage.
+        replicas: data-parallel replicas, of which the first one's values count; None if there are none.
     """
 
-    def __init__(self, module: nn.Module, owners: Mapping[str, int], rank: int, comm: Comm | None) -> None:
-        self._module, self._owners, self._rank, self._comm = module, dict(owners), rank, comm
+    def __init__(
+        self,
+        module: nn.Module,
+        owners: Mapping[str, int],
+        stage: int,
+        comm: Comm | None,
+        replicas: Replicas | None = None,
+    ) -> None:
+        self._module, self._owners, self._stage, self._comm = module, dict(owners), stage, comm
+        self._replicas = replicas
 
     def is_mine(self, name: str) -> bool:
         """Whether this rank trains a parameter: it owns it, or it is of neither network and this is the last rank."""
-        return self._owners.get(name, self._last) == self._rank
+        return self._owners.get(name, self._last) == self._stage
 
     @property
     def _last(self) -> int:
@@ -45,6 +55,8 @@ class Shards:
             with torch.no_grad():
                 for tensor in tensors_of(self._module).values():
                     tensor.copy_(self._comm.share(tensor.detach(), 0))
+        if self._replicas is not None:
+            self._replicas.spread(tensors_of(self._module).values())
 
     def to(self, device: torch.device) -> None:
         """Move what this rank holds."""
@@ -55,7 +67,7 @@ class Shards:
     def release(self) -> None:
         """Give back the memory of other ranks' tensors; names, shapes and the identity of the objects stay."""
         for name, tensor in tensors_of(self._module).items():
-            if self._owners.get(name, self._rank) != self._rank and not tensor.is_meta:
+            if self._owners.get(name, self._stage) != self._stage and not tensor.is_meta:
                 _swap(tensor, torch.empty_like(tensor, device="meta"))
 
     def restore(self, optimizers: Sequence[Optimizer], groups: Groups) -> None:
@@ -87,7 +99,12 @@ class Shards:
                     child.set_extra_state(state)
 
     def share_common(self) -> None:
-        """Copy what belongs to neither network (a head, a temperature) from the last rank to the others."""
+        """Copy what belongs to neither network (a head, a temperature) from the last rank to the others.
+
+        Buffers, such as running statistics, become those of the first replica.
+        """
+        if self._replicas is not None:
+            self._replicas.spread(buffer for buffer in self._module.buffers() if not buffer.is_meta)
         if self._comm is None:
             return
         common = {name: t for name, t in tensors_of(self._module).items() if name not in self._owners}
@@ -99,6 +116,8 @@ class Shards:
 
     def state_dict(self) -> dict[str, Any]:
         """The whole module's state dict on rank 0, an empty one elsewhere; its keys are those of the plain module."""
+        if self._replicas is not None and self._replicas.index:
+            return {}
         state = self._module.state_dict()
         mine = {name: value for name, value in state.items() if self.is_mine(name)}
         parts = [mine] if self._comm is None else self._comm.gather(mine)
@@ -115,6 +134,10 @@ class Shards:
             group["params"] = [p for p in group["params"] if self.is_mine(names.get(id(p), "?"))]
         return groups
 
+    def trained(self) -> list[nn.Parameter]:
+        """What this rank trains, in the order of the module."""
+        return [p for name, p in self._module.named_parameters() if p.requires_grad and self.is_mine(name)]
+
     def places(self, groups: Groups) -> tuple[dict[int, int], int]:
         """Where each of this rank's parameters, by identity, is among all that the optimizer had; and their number."""
         order = [name for names in groups for name in names]
@@ -123,6 +146,8 @@ class Shards:
 
     def optimizer_state(self, optimizer: Optimizer, groups: Groups) -> dict[str, Any]:
         """The state dict that the optimizer would have with all parameters; on rank 0, an empty one elsewhere."""
+        if self._replicas is not None and self._replicas.index:
+            return {}
         local = optimizer.state_dict()
         mine = [[name for name in group if self.is_mine(name)] for group in groups]
         named = {

@@ -7,7 +7,7 @@ every one is kept, with its buffer, until it is certain that the receiver has it
 
 from __future__ import annotations
 
-import io
+import itertools
 import pickle
 from collections import deque
 from collections.abc import Hashable
@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_tspipe import tree
 from lightning_tspipe.board import FailureBoard
 from lightning_tspipe.data import Shapes, shapes_of
+from lightning_tspipe.topology import Topology
 
 HEADER_BYTES = 2048
 POSTED = 2  # receives that each channel may always have posted at once
@@ -39,7 +40,7 @@ class Line:
 
     def send(self, message: object) -> None:
         """Send without waiting."""
-        payload = _pickled(message)
+        payload = tree.pickled(message)
         head = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
         head[:8] = torch.tensor([len(payload)]).view(torch.uint8)
         inline = payload[: HEADER_BYTES - 8]
@@ -91,7 +92,7 @@ class Channel:
     def __init__(self, comm: Comm, kind: str, peer: int, group: dist.ProcessGroup) -> None:
         self._comm, self._peer, self._group, self._kind = comm, peer, group, kind
         self._tag = 1 + KINDS.index(kind)
-        self._place = dist.get_group_rank(group, peer)
+        self._place = comm.place(group, peer)
         self._line = Line(comm, kind, peer)
         self._known: dict[Hashable, tuple[tree.Structure, Shapes]] = {}
         self._receives: deque[_Receive] = deque()
@@ -176,81 +177,95 @@ class Channel:
 
 
 class Comm:
-    """All communication of one rank of one pipeline.
+    """All communication of one rank of one pipeline; peers are named by their stages.
 
     Args:
-        rank, stages: this rank and how many there are.
+        topology: who is who.
         device: where activations live.
         backend: "gloo" or "nccl" for the activations; gloo on CUDA goes through host memory.
         timeout: how long a message may take before the job is given up.
+        board: where a rank that failed says why.
     """
 
-    def __init__(self, rank: int, stages: int, device: torch.device, backend: str, timeout: timedelta) -> None:
-        self.rank, self.stages, self.device = rank, stages, device
+    def __init__(
+        self, topology: Topology, device: torch.device, backend: str, timeout: timedelta, board: FailureBoard
+    ) -> None:
+        self.stage, self.stages, self.device, self.board = topology.stage, topology.stages, device, board
+        self._ranks = topology.pipeline(topology.replica)
         self.messages: dict[str, int] = dict.fromkeys((*KINDS, "line"), 0)
         # a receive of gloo that waits already saves the message a round trip; one of NCCL takes a part of the GPU
         self.post_ahead = 2 if backend == "nccl" else 24
         self._staged = device.type == "cuda" and backend == "gloo"
         self._kept: deque[tuple[dist.Work, Tensor, int]] = deque()
         self._old = 0
-        ranks = list(range(stages))
-        self.board = FailureBoard(rank, stages, timeout)
-        self.control = _new_group(ranks, "gloo", timeout)
-        data = _new_group(ranks, "gloo", timeout) if backend == "gloo" else None
-        edges = [(kind, k, k + 1) for kind in "TFD" for k in ranks[:-1]]
-        edges += [(kind, k + 1, k) for kind in "BLU" for k in ranks[:-1]]
-        edges += [("Y", 0, stages - 1)]
         self.inward: dict[str, Channel] = {}
         self.outward: dict[str, Channel] = {}
-        for kind, source, target in edges:
-            group = data or _new_group([source, target], backend, timeout)
-            if rank == target:
-                self.inward[kind] = Channel(self, kind, source, group)
-            if rank == source:
-                self.outward[kind] = Channel(self, kind, target, group)
-            self._warm_up(group, source, target, 1 + KINDS.index(kind))
-        self.lines_in = {name: Line(self, name, 0) for name in ("header", "verdict")} if rank else {}
+        for replica in range(topology.replicas):  # every process takes part in making every group
+            self._connect(topology.pipeline(replica), replica == topology.replica, backend, timeout)
+        stage, stages = self.stage, self.stages
+        self.lines_in = {name: Line(self, name, 0) for name in ("header", "verdict")} if stage else {}
         self.lines_out: dict[str, Line] = {}
         self._headers, self._verdicts = (
-            [] if rank else [Line(self, name, peer) for peer in range(1, stages)] for name in ("header", "verdict")
+            [] if stage else [Line(self, name, peer) for peer in range(1, stages)] for name in ("header", "verdict")
         )
-        if rank < stages - 1:
-            self.lines_in["relay"] = Line(self, "relay", rank + 1)
-            self.lines_out["eval"] = Line(self, "eval", rank + 1)
-        if rank:
-            self.lines_out["relay"] = Line(self, "relay", rank - 1)
-            self.lines_in["eval"] = Line(self, "eval", rank - 1)
+        if stage < stages - 1:
+            self.lines_in["relay"] = Line(self, "relay", stage + 1)
+            self.lines_out["eval"] = Line(self, "eval", stage + 1)
+        if stage:
+            self.lines_out["relay"] = Line(self, "relay", stage - 1)
+            self.lines_in["eval"] = Line(self, "eval", stage - 1)
+
+    def _connect(self, ranks: tuple[int, ...], mine: bool, backend: str, timeout: timedelta) -> None:
+        """Make the groups of one pipeline, and this rank's channels if it is a part of it."""
+        control = _new_group(ranks, "gloo", timeout)
+        data = _new_group(ranks, "gloo", timeout) if backend == "gloo" else None
+        if mine:
+            self.control = control
+        pairs = list(itertools.pairwise(range(len(ranks))))
+        edges = [(kind, above, below) for kind in "TFD" for above, below in pairs]
+        edges += [(kind, below, above) for kind in "BLU" for above, below in pairs]
+        edges += [("Y", 0, len(ranks) - 1)]
+        for kind, source, target in edges:
+            group = data or _new_group((ranks[source], ranks[target]), backend, timeout)
+            if mine and self.stage == target:
+                self.inward[kind] = Channel(self, kind, source, group)
+            if mine and self.stage == source:
+                self.outward[kind] = Channel(self, kind, target, group)
+            if mine and self.stage in (source, target):
+                self._warm_up(group, source, target, 1 + KINDS.index(kind))
 
     def _warm_up(self, group: dist.ProcessGroup, source: int, target: int, tag: int) -> None:
-        """Send one byte over an edge, all ranks edge after edge in the same order.
+        """Send one byte over an edge of this rank, all ranks edge after edge in the same order.
 
         NCCL connects two ranks at their first message and lets neither go on before. In a step both could wait so: one
         for the receive that it has posted early, the other for its own send that has to come before that.
         """
-        if self.rank not in (source, target):
-            return
-        peer, byte = source + target - self.rank, torch.zeros(1, dtype=torch.uint8)
+        peer, byte = source + target - self.stage, torch.zeros(1, dtype=torch.uint8)
         byte = byte if self._staged else byte.to(self.device)
-        call = group.send if self.rank == source else group.recv
-        self.wait(self.start(call, byte, peer, dist.get_group_rank(group, peer), tag), peer)
+        call = group.send if self.stage == source else group.recv
+        self.wait(self.start(call, byte, peer, self.place(group, peer), tag), peer)
+
+    def place(self, group: dist.ProcessGroup, peer: int) -> int:
+        """The place of a peer in a group."""
+        return dist.get_group_rank(group, self._ranks[peer])
 
     def send_header(self, header: object) -> None:
-        """Tell every other rank about a batch; rank 0 sends to each directly, so that no rank waits for another."""
+        """Tell every other rank about a batch; the first one sends to each, so that no rank waits for another."""
         for line in self._headers:
             line.send(header)
 
     def first_says(self, value: Any) -> Any:
-        """Rank 0's value on every rank; rank 0 does not wait."""
+        """The first rank's value on every rank; it does not wait."""
         for line in self._verdicts:
             line.send(value)
-        return self.lines_in["verdict"].take() if self.rank else value
+        return self.lines_in["verdict"].take() if self.stage else value
 
     def start(self, call: Any, tensor: Tensor, peer: int, place: int, tag: int) -> dist.Work:
         """Start one send or receive with the peer at a place in its group; a lost connection is a `PipelineError`."""
         try:
-            work: dist.Work = call([_bytes(tensor)], place, tag)
+            work: dist.Work = call([tree.as_bytes(tensor)], place, tag)
         except RuntimeError as error:
-            raise self.board.explain(peer, error) from error
+            raise self.board.explain(self._ranks[peer], error) from error
         return work
 
     def wait(self, work: dist.Work, peer: int) -> None:
@@ -258,7 +273,7 @@ class Comm:
         try:
             work.wait()
         except RuntimeError as error:
-            raise self.board.explain(peer, error) from error
+            raise self.board.explain(self._ranks[peer], error) from error
 
     def keep(self, work: dist.Work, buffer: Tensor, peer: int) -> None:
         """Keep the send of a line until it is certain to have been received."""
@@ -329,68 +344,42 @@ class Comm:
         """Give every rank a rank's tree of tensors and constants; the others' `value` is ignored. Not for hot paths."""
         if self.stages == 1:
             return value
-        leaves, structure = tree.flatten(value if self.rank == source else None)
+        leaves, structure = tree.flatten(value if self.stage == source else None)
         meta: list[Any] = [(structure, shapes_of(leaves))]
         try:
-            dist.broadcast_object_list(meta, src=source, group=self.control)
+            dist.broadcast_object_list(meta, src=self._ranks[source], group=self.control)
             structure, shapes = meta[0]
             buffers = [leaf.detach().cpu().contiguous() for leaf in leaves] or [
                 torch.empty(shape, dtype=dtype) for shape, dtype in shapes
             ]
             for buffer in buffers:
-                dist.broadcast(_bytes(buffer), src=source, group=self.control)
+                dist.broadcast(tree.as_bytes(buffer), src=self._ranks[source], group=self.control)
         except RuntimeError as error:
-            raise self.board.explain(source, error) from error
-        return value if self.rank == source else tree.unflatten([b.to(self.device) for b in buffers], structure)
+            raise self.board.explain(self._ranks[source], error) from error
+        return value if self.stage == source else tree.unflatten([b.to(self.device) for b in buffers], structure)
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's tree on rank 0, in host memory; None elsewhere. Not for hot paths."""
         if self.stages == 1:
             return [value]
-        if self.rank:
+        if self.stage:
             Line(self, "eval", 0).send(_to_host(value))
             return None
         return [value, *(Line(self, "eval", source).take() for source in range(1, self.stages))]
 
     def chain(self, run: Any, value: Any) -> Any:
         """Pass a value through every rank's `run` in turn and give the last one's result to all. Not for hot paths."""
-        if self.rank:
+        if self.stage:
             value = tree.map_tensors(self.lines_in["eval"].take(), lambda leaf: leaf.to(self.device))
         value = run(value)
-        if self.rank < self.stages - 1:
+        if self.stage < self.stages - 1:
             self.lines_out["eval"].send(_to_host(value))
         return self.share(value, self.stages - 1)
 
 
-def _new_group(ranks: list[int], backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    group = dist.new_group(ranks, backend=backend, timeout=timeout)
+def _new_group(ranks: tuple[int, ...], backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
     return cast(dist.ProcessGroup, group)  # for ranks outside of the group it is a number, which is never used
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """The same memory as bytes: neither gloo nor NCCL takes every type."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-class _Pickler(pickle.Pickler):
-    """Tensors as bytes: torch's own way does not know every type."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return NotImplemented
-        host = value.detach().cpu().contiguous()
-        return _tensor_of, (_bytes(host).numpy().tobytes(), tuple(host.shape), host.dtype)
-
-
-def _pickled(message: object) -> bytes:
-    file = io.BytesIO()
-    _Pickler(file).dump(message)
-    return file.getvalue()
-
-
-def _tensor_of(content: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    flat = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-    return flat.view(dtype).reshape(shape)
 
 
 def _to_host(value: Any) -> Any:

@@ -127,7 +127,7 @@ class LeadingFeed(Feed):
 
     def _fetch(self) -> Batch | End:
         entry: Batch | End = End()
-        if self._signals.received:
+        if self._signals.due:
             entry = End(terminate=True)
         elif self._is_within() and not (self._queue and self._is_last_step()):
             try:
@@ -203,7 +203,7 @@ class SharedLoader(SilentLoader):
         self._comm = comm
 
     def __iter__(self) -> Iterator[Any]:
-        source = iter(self._loader) if self._comm.rank == 0 else None
+        source = iter(self._loader) if self._comm.stage == 0 else None
         while True:
             # a batch travels as a list of one, the end as an empty list
             found = [] if source is None else list(itertools.islice(source, 1))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 
 from lightning_tspipe import _lightning
 from lightning_tspipe.comm import Comm
@@ -15,9 +16,11 @@ from lightning_tspipe.data import Batch, make_batch
 from lightning_tspipe.feed import Feed, FollowingFeed, LeadingFeed
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.plan import Planner
+from lightning_tspipe.replicas import Replicas
 from lightning_tspipe.runtime import Runtime
 from lightning_tspipe.stage import Stage
 from lightning_tspipe.teacher import MomentumTeacher, pair_parameters
+from lightning_tspipe.topology import Topology
 from lightning_tspipe.training import MetricSync, TrainingHooks
 from lightning_tspipe.whole import WholeGradient
 
@@ -31,7 +34,9 @@ class Fitting:
         comm: this rank's connections; None for one stage.
         planner: makes the schedules.
         microbatches: what the user asked for.
-        rank, stages: which stage this is, of how many.
+        topology: who is who.
+        parameters: what this rank trains.
+        replicas: data-parallel replicas; None if there are none.
     """
 
     def __init__(
@@ -42,15 +47,18 @@ class Fitting:
         comm: Comm | None,
         planner: Planner,
         microbatches: int | Literal["auto"],
-        rank: int,
-        stages: int,
+        topology: Topology,
+        parameters: Sequence[Tensor],
+        replicas: Replicas | None,
     ) -> None:
         self._trainer, self._module, self._comm = trainer, module, comm
-        self._microbatches, self._rank, self._stages = microbatches, rank, stages
+        self._microbatches, self._topology = microbatches, topology
         self._teacher = _momentum_teacher(module)
         span = _lightning.profiler_span(trainer)
-        self.runtime = Runtime(stage, comm, planner, self._teacher, module.loss_over, rank, stages, span)
-        self._signals = _lightning.SignalLink(trainer)
+        self.runtime = Runtime(
+            stage, comm, planner, self._teacher, module.loss_over, topology, parameters, replicas, span
+        )
+        self._signals = _lightning.SignalLink(trainer, replicas is None)
         self._hooks = TrainingHooks(trainer, module, self._signals)
         self._feed: Feed | None = None
         self._loaded = 0
@@ -107,7 +115,7 @@ class Fitting:
                 updates=updates,
             )
         self.in_step = False
-        return self._hooks.finish(report, self._rank == self._stages - 1)
+        return self._hooks.finish(report, self._topology.is_last)
 
     def after_optimizer_step(self) -> None:
         """Make the update that the next step uses, so that a validation and a checkpoint see it."""
@@ -132,7 +140,7 @@ class Fitting:
         if self._feed is not None:
             self._feed.settle()
         self._begin_pass()
-        if self._comm is not None and self._rank:
+        if self._comm is not None and self._topology.stage:
             self._feed = FollowingFeed(inner, self._signals, self._begin_pass, self._comm)
         else:
             announce = self._comm.send_header if self._comm is not None else lambda header: None

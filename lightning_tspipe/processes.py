@@ -12,6 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_tspipe import _lightning
+from lightning_tspipe.replicas import Replicas
+from lightning_tspipe.topology import Topology
 
 
 class ProcessStrategy(ParallelStrategy):
@@ -21,6 +23,8 @@ class ProcessStrategy(ParallelStrategy):
     _start_method: Literal["popen", "spawn", "fork", "forkserver"]
     _backend: str | None
     _timeout: timedelta
+    _replicas: Replicas | None = None
+    _topology: Topology
     _failed = False
 
     @property
@@ -51,7 +55,7 @@ class ProcessStrategy(ParallelStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": 1, "rank": 0}
+        return {"num_replicas": self._topology.replicas, "rank": self._topology.replica}
 
     @override
     def _configure_launcher(self) -> None:
@@ -83,12 +87,18 @@ class ProcessStrategy(ParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor  # one pipeline is one replica: every rank already has the value
+        # one pipeline is one replica, of which every rank already has the value
+        return tensor if self._replicas is None else self._replicas.reduce(tensor, reduce_op)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        if self._replicas is not None:
+            return self._replicas.gather(tensor, sync_grads)
         return tensor.unsqueeze(0) if self.world_size > 1 else tensor
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return bool(self.broadcast(decision))
+        if self._replicas is None:
+            return bool(self.broadcast(decision))
+        votes = int(self._replicas.reduce(float(decision), "sum"))
+        return bool(self.broadcast(votes == self._replicas.count if all else votes > 0))

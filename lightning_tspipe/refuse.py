@@ -66,7 +66,9 @@ def _reasons(trainer: pl.Trainer, module: pl.LightningModule, devices: int, stag
     if stages != "auto" and stages != devices:
         if isinstance(stages, int) and stages > devices:
             yield f"stages={stages} is more than the {devices} device(s). Use devices={stages}, or fewer stages"
-        yield f"stages={stages!r} with {devices} devices needs data-parallel replicas. Use stages='auto'"
+        elif isinstance(stages, int) and devices % stages:
+            yield (f"{devices} devices cannot be divided into pipelines of stages={stages}. Use a multiple of {stages} "
+                   "devices, or stages='auto'")  # fmt: skip
     if not module.automatic_optimization:
         yield "manual optimization: the stages' backwards are placed by the schedule. Use automatic optimization"
     for hook in ("backward", "optimizer_zero_grad"):
@@ -86,4 +88,7 @@ def _reasons(trainer: pl.Trainer, module: pl.LightningModule, devices: int, stag
     if plugin in ("TransformerEnginePrecision", "BitsandbytesPrecision"):
         yield f"{plugin} replaces layers by ones that need all ranks together. Use precision='bf16-mixed' or '32-true'"
     if any(isinstance(child, torch.nn.SyncBatchNorm) for child in module.modules()):
-        yield "SyncBatchNorm: batch norm statistics are per microbatch and deferred. Use BatchNorm"
+        yield (
+            "SyncBatchNorm layers: batch norm statistics are per microbatch and deferred. Use BatchNorm, and "
+            "Trainer(sync_batchnorm=True) to take them over all replicas"
+        )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,9 +18,11 @@ from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, shapes_of
 from lightning_tspipe.logrelay import LossRelay, LossReport, mean_of
 from lightning_tspipe.plan import Planner
+from lightning_tspipe.replicas import Replicas
 from lightning_tspipe.schedule import Action, Costs, Op, Schedule, lower, step_order
 from lightning_tspipe.stage import Network, Stage, differentiable
 from lightning_tspipe.teacher import MomentumTeacher
+from lightning_tspipe.topology import Topology
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,9 @@ class StepHooks(Protocol):
     def terminate(self) -> None:
         """A rank behind this one was asked to end the job."""
 
+    def agree(self) -> None:
+        """A replica was asked to end the job, and every replica knows of it after the same step."""
+
 
 class Runtime:
     """Runs the steps of one rank.
@@ -58,7 +64,9 @@ class Runtime:
         planner: makes the schedule for a number of microbatches.
         teacher: the momentum update of this rank; None for a frozen teacher.
         loss_over: "batch" or "microbatch".
-        rank, stages: which stage this is, of how many.
+        topology: who is who.
+        parameters: what this rank trains.
+        replicas: data-parallel replicas to average gradients with; None if there are none.
         span: a context to run each action in, by its name, for a profiler; None costs nothing.
     """
 
@@ -69,15 +77,17 @@ class Runtime:
         planner: Planner,
         teacher: MomentumTeacher | None,
         loss_over: Literal["batch", "microbatch"],
-        rank: int,
-        stages: int,
+        topology: Topology,
+        parameters: Sequence[Tensor] = (),
+        replicas: Replicas | None = None,
         span: Callable[[str], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self._stage, self._comm, self._planner, self._teacher = stage, comm, planner, teacher
-        self._loss_over, self._rank, self._stages = loss_over, rank, stages
+        self._loss_over, self._topology = loss_over, topology
+        self._place, self._last = topology.stage, topology.is_last
+        self._parameters, self._replicas = parameters, replicas
         self._relay = None if comm is None else LossRelay(comm)
         self._span = span
-        self._last = rank == stages - 1
         self._done: Counter[int] = Counter()  # batch -> teacher forwards already made
         self._versions: dict[int, int] = {}
         self._completed = 0
@@ -95,16 +105,12 @@ class Runtime:
         self.current: Schedule | None = None  # of the last step
         self.busy: dict[str, float] = {"T": 0.0, "F": 0.0, "B": 0.0}
         self._table: dict[tuple[str, str], Handler] = {
-            ("recv", "T"): lambda batch, q: self._post("T", batch, q),
-            ("recv", "F"): lambda batch, q: self._post("F", batch, q),
-            ("recv", "B"): lambda batch, q: self._post("B", batch, q),
             ("run", "T"): self._teacher_forward,
             ("run", "F"): self._student_forward,
             ("run", "B"): self._backward,
-            ("send", "T"): lambda batch, q: self._send("T", batch, q),
-            ("send", "F"): lambda batch, q: self._send("F", batch, q),
-            ("send", "B"): lambda batch, q: self._send("B", batch, q),
         }
+        for kind in "TFB":
+            self._table["recv", kind], self._table["send", kind] = partial(self._post, kind), partial(self._send, kind)
 
     @property
     def microbatches(self) -> int:
@@ -148,7 +154,7 @@ class Runtime:
         """
         self._hooks, self._next = hooks, None
         self.current = self.schedule(batch.info.microbatches)
-        self._versions[batch.info.index], self._completed = version, completed
+        self._versions[batch.info.index], self._completed, self._updates = version, completed, updates
         self._reports, self._report, self._backwards, self._pending = [], None, 0, None
         self._begin(batch)
         asked = False
@@ -172,13 +178,16 @@ class Runtime:
         if self._teacher is not None and updates:
             self._teacher.advance(completed, completed)  # the optimizer is about to replace this student
         self._stage.leave()
+        if self._replicas is not None and updates and self._replicas.finish():
+            self._hooks.agree()
+        assert self._report is not None
+        self._hooks.after_backward(self._report.values[0])
         self._finish(batch)
         if not asked:
             self._next = upcoming()
         if lookahead and self._next is not None and any(self.schedule(batch.info.microbatches).ahead):
             self._pending = self._next
             self._versions[self._next.info.index] = next_version
-        assert self._report is not None
         return self._report
 
     def finish_ahead(self) -> None:
@@ -188,7 +197,7 @@ class Runtime:
             return
         index = batch.info.index
         rest = [Action("T", q) for q in range(self._done.pop(index, 0), batch.info.microbatches)]
-        for op in lower(rest, self._rank, self._stages):
+        for op in lower(rest, self._place, self._topology.stages):
             self._table[op.verb, op.action.kind](batch, op.action.microbatch)
         self._stage.leave()
         self._teacher_out.pop(index, None)
@@ -206,7 +215,7 @@ class Runtime:
             self._relay.post()
         structure, shapes = batch.info.target
         key = (structure, shapes)
-        if self._rank == 0 and shapes:
+        if self._place == 0 and shapes:
             channels.outward["Y"].know(key, structure, shapes)
             channels.outward["Y"].send(key, batch.target)
         if self._last and shapes:
@@ -225,17 +234,17 @@ class Runtime:
 
     def _program(self, microbatches: int, done: int) -> tuple[Op, ...]:
         if (microbatches, done) not in self._programs:
-            row = self.schedule(microbatches).ranks[self._rank]
+            row = self.schedule(microbatches).ranks[self._place]
             order, post_ahead = step_order(row, done), self._planner.post_ahead
-            self._programs[microbatches, done] = lower(order, self._rank, self._stages, post_ahead=post_ahead)
+            self._programs[microbatches, done] = lower(order, self._place, self._topology.stages, post_ahead=post_ahead)
         return self._programs[microbatches, done]
 
     def _show(self, microbatches: int, action: Action) -> None:
         schedule = self.schedule(microbatches)
-        row = schedule.ranks[self._rank]
+        row = schedule.ranks[self._place]
         position = row.index(action) if action in row else 0
-        where = f"rank {self._rank} (stage {self._rank}) failed at {action}"
-        log.error("%s of this schedule:\n%s", where, schedule.grid(self._rank, position))
+        where = f"{self._topology.describe(self._topology.rank)} failed at {action}"
+        log.error("%s of this schedule:\n%s", where, schedule.grid(self._place, position))
 
     # --- messages
 
@@ -262,7 +271,7 @@ class Runtime:
     # --- work
 
     def _teacher_forward(self, batch: Batch, q: int) -> None:
-        views = batch.teacher[q] if self._rank == 0 else self._take("T")
+        views = batch.teacher[q] if self._place == 0 else self._take("T")
         start = time.perf_counter()
         index = batch.info.index
         if self._teacher is not None and index in self._versions:
@@ -276,7 +285,7 @@ class Runtime:
         self.busy["T"] += time.perf_counter() - start
 
     def _student_forward(self, batch: Batch, q: int) -> None:
-        views = batch.student[q] if self._rank == 0 else self._take("F")
+        views = batch.student[q] if self._place == 0 else self._take("F")
         start = time.perf_counter()
         outputs = self._stage.student_forward((batch.info.index, q), views)
         if self._last:
@@ -303,10 +312,8 @@ class Runtime:
         self._out = self._stage.backward(work, gradients)
         self.busy["B"] += time.perf_counter() - start
         self._backwards += 1
-        if self._backwards == batch.info.microbatches:
-            assert self._report is not None
-            self._stage.leave()
-            self._hooks.after_backward(self._report.values[0])
+        if self._backwards == batch.info.microbatches and self._updates and self._replicas is not None:
+            self._replicas.start(self._parameters, self._hooks.terminating())
 
     def _take(self, kind: str) -> Any:
         assert self._comm is not None
@@ -387,7 +394,7 @@ class Runtime:
         self._report, terminate = self._relay.take()
         if terminate:
             self._hooks.terminate()
-        if self._rank:
+        if self._place:
             self._relay.pass_on(self._report, terminate or self._hooks.terminating())
         if due == 0:
             self._hooks.before_backward(self._report.values[0])

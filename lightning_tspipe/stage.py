@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tspipe import tree
-from lightning_tspipe.batchnorm import DeferredBatchNorm
+from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint
 from lightning_tspipe.partition import Layer
 
 Network = Literal["student", "teacher"]
@@ -33,6 +33,7 @@ class Stage:
         first: whether the inputs are the batch itself, which needs no gradient.
         device: where the layers are.
         seed: base of the random numbers of dropout and the like: they depend on (seed, batch, microbatch, stage) only.
+        joint: over what replicas batch norms take their statistics (`DeferredBatchNorm`).
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Stage:
         first: bool,
         device: torch.device,
         seed: int,
+        joint: Joint | None = None,
     ) -> None:
         self._layers: dict[Network, list[nn.Module]] = {
             "student": [layer.module for layer in student],
@@ -56,7 +58,7 @@ class Stage:
         self._saved: dict[Work, _Saved] = {}
         self._structures: dict[tuple[Network, int], tree.Structure] = {}
         self.norms: dict[Network, DeferredBatchNorm] = {
-            network: DeferredBatchNorm(layers) for network, layers in self._layers.items()
+            network: DeferredBatchNorm(layers, joint) for network, layers in self._layers.items()
         }
 
     def close(self) -> None:

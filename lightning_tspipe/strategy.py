@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tspipe import _lightning
+from lightning_tspipe.board import FailureBoard
 from lightning_tspipe.checkpoint import KEY, Groups, Shards, random_state, set_random_state
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.errors import PipelineError
@@ -33,15 +34,18 @@ from lightning_tspipe.partition import Balance, partition
 from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
 from lightning_tspipe.processes import ProcessStrategy
 from lightning_tspipe.refuse import SEVERAL_OPTIMIZERS, check_optimizers, check_strategy_arguments, check_trainer
+from lightning_tspipe.replicas import Replicas
 from lightning_tspipe.schedule import Costs, Schedule
 from lightning_tspipe.stage import Network, Stage
+from lightning_tspipe.topology import Topology
 
 
 class TSPipeStrategy(ProcessStrategy):
     """Trains a `TeacherStudentModule` as a pipeline whose bubbles are filled with the teacher of the next batch.
 
     Args:
-        stages: number of stages; "auto" takes all devices.
+        stages: number of stages; "auto" takes all devices. With fewer, there are several pipelines, data-parallel
+            replicas that average their gradients.
         microbatches: per batch; "auto" takes the fewest that let the teacher fill the bubbles.
         schedule: the order of the work; "auto" or "afab" (all forwards, then all backwards).
         balance: "auto" or "parameters", the numbers of layers of the stages, or a dict of these (`partition`).
@@ -75,6 +79,7 @@ class TSPipeStrategy(ProcessStrategy):
         check_strategy_arguments(stages, balance, start_method, process_group_backend)
         self._stages, self._microbatches, self._schedule, self._balance = stages, microbatches, schedule, balance
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
+        self._board: FailureBoard | None = None
         self._comm: Comm | None = None
         self._shards: Shards | None = None
         self._stage: Stage | None = None
@@ -123,33 +128,48 @@ class TSPipeStrategy(ProcessStrategy):
         self._failed = False
         self.accelerator.setup(trainer)
         check_trainer(trainer, self.lightning_module, self.world_size, self._stages)
-        module, stages, rank = self._module, self.world_size, self.global_rank
+        module, stages = self._module, self.world_size if self._stages == "auto" else self._stages
+        self._topology = topology = Topology(self.global_rank, self.world_size, stages)
         module.check_networks()
         self.model = self.precision_plugin.convert_module(module)
         module.train(module.training)  # gives the teacher its own mode
         source = None if module.momentum is None else module.ema_source()
         parts = partition(module.student, module.teacher, stages, self._balance, source)
-        if stages > 1:
-            self._comm = Comm(rank, stages, self.root_device, self._backend or "gloo", self._timeout)
-            _lightning.retire_process_observer()
-        self._shards = Shards(module, parts.owners(), rank, self._comm)
+        self._connect(topology)
+        self._shards = Shards(module, parts.owners(), topology.stage, self._comm, self._replicas)
         self._seed = self._resumed.get("seed", self.broadcast(torch.initial_seed()))
         self._shards.spread()
         self._shards.release()
         self.model_to_device()
-        mine = parts.student[rank], parts.teacher[rank]
-        self._stage = Stage(*mine, rank, rank == 0, self.root_device, self._seed)
+        mine = parts.student[topology.stage], parts.teacher[topology.stage]
+        joint = None if self._replicas is None or self._layer_sync is None else self._replicas.joint
+        seed = self._seed + topology.replica
+        self._stage = Stage(*mine, topology.stage, topology.stage == 0, self.root_device, seed, joint)
         self._patch(trainer, module)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             lookahead = module.momentum is None or module.teacher_delay != 0
             post_ahead = 0 if self._comm is None else self._comm.post_ahead
             planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule, post_ahead)
-            self._fitting = Fitting(trainer, module, self._stage, self._comm, planner, self._microbatches, rank, stages)
+            self._fitting = Fitting(
+                trainer, module, self._stage, self._comm, planner, self._microbatches, topology,
+                self._shards.trained(), self._replicas,
+            )  # fmt: skip
             self._fitting.connect(self._shards.places(self._groups), self._restore_random_state)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _lightning.optimizers_to_device(self.optimizers, self.root_device)
+
+    def _connect(self, topology: Topology) -> None:
+        if topology.world_size == 1:
+            return
+        _lightning.retire_process_observer()
+        arguments = topology, self.root_device, self._backend or "gloo", self._timeout
+        self._board = FailureBoard(topology, self._timeout)
+        if topology.replicas > 1:
+            self._replicas = Replicas(*arguments, self._board)
+        if topology.stages > 1:
+            self._comm = Comm(*arguments, self._board)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -169,11 +189,15 @@ class TSPipeStrategy(ProcessStrategy):
     def _patch(self, trainer: pl.Trainer, module: TeacherStudentModule) -> None:
         """`self.student(x)` and `self.teacher(x)` run through all stages; one pipeline is one replica."""
         self._undo = [self._stage.close] if self._stage is not None else []
-        _lightning.forbid_distributed_sampler(trainer)
+        for _, metric in _lightning.metrics_of(module):
+            if self._replicas is not None:
+                metric.process_group = self._replicas.group
+            elif self._comm is not None:
+                _lightning.stop_syncing(metric)
+        if self._replicas is None:
+            _lightning.forbid_distributed_sampler(trainer)
         if self._comm is None:
             return
-        for _, metric in _lightning.metrics_of(module):
-            _lightning.stop_syncing(metric)
         networks: tuple[Network, ...] = ("student", "teacher")
         for name in networks:
             network = getattr(module, name)
@@ -190,7 +214,7 @@ class TSPipeStrategy(ProcessStrategy):
         if self._comm is None:
             return dataloader
         if self._module.trainer.training:
-            return SilentLoader(dataloader) if self.global_rank else dataloader
+            return SilentLoader(dataloader) if self._topology.stage else dataloader
         return SharedLoader(dataloader, self._comm)
 
     @override
@@ -285,16 +309,16 @@ class TSPipeStrategy(ProcessStrategy):
         return {"first": states[0], "last": states[-1]} if states else {}
 
     def _restore_random_state(self) -> None:
-        for name, rank in (("last", self.world_size - 1), ("first", 0)):
-            if rank == self.global_rank and name in self._resumed:
+        for name, mine in (("last", self._topology.is_last), ("first", self._topology.stage == 0)):
+            if mine and name in self._resumed:
                 set_random_state(self._resumed[name], self.root_device)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
-        if self._comm is not None and not isinstance(exception, PipelineError | SystemExit):
+        if self._board is not None and not isinstance(exception, PipelineError | SystemExit):
             text = "".join(traceback.format_exception(exception))
-            self._comm.board.report(f"rank {self.global_rank} (stage {self.global_rank}) failed:\n{text}")
+            self._board.report(f"{self._topology.describe(self.global_rank)} failed:\n{text}")
         if isinstance(exception, SIGTERMException):
             exception.code = 128 + signal.SIGTERM
         if isinstance(exception, SystemExit) and self._fitting is not None:
@@ -315,10 +339,11 @@ class TSPipeStrategy(ProcessStrategy):
             if not self._failed:
                 self._comm.drain()
             self._comm.close()
-            if self._failed:
-                dist.destroy_process_group()  # wakes the peers that wait for this rank
-                self._comm.board.linger(self.world_size)
-        self._comm = self._shards = self._stage = None
+        self._comm = self._replicas = self._shards = self._stage = None
+        if self._board is not None and self._failed:
+            dist.destroy_process_group()  # wakes the peers that wait for this rank
+            self._board.linger()
+        self._board = None
         self._resumed = {}
         if self._failed:
             self.precision_plugin.teardown()

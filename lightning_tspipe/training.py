@@ -73,6 +73,10 @@ class TrainingHooks:
         """Whether this rank has received a SIGTERM."""
         return self._signals.received
 
+    def agree(self) -> None:
+        """A replica has received a SIGTERM, and all know of it."""
+        self._signals.agreed = True
+
     def terminate(self) -> None:
         """A rank behind this one has received a SIGTERM."""
         self._signals.received = True

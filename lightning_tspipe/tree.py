@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -98,3 +100,30 @@ def merge(trees: Sequence[Any]) -> Any:
             "joined. Return tensors of shape (batch, ...), or use microbatches=1."
         )
     return unflatten([torch.cat(column) for column in columns], flat[0][1])
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as bytes: torch's own way does not know every type."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        host = value.detach().cpu().contiguous()
+        return _tensor_of, (as_bytes(host).numpy().tobytes(), tuple(host.shape), host.dtype)
+
+
+def pickled(value: object) -> bytes:
+    """Any object with tensors of any type in it, for `pickle.loads`."""
+    file = io.BytesIO()
+    _Pickler(file).dump(value)
+    return file.getvalue()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory as bytes: neither gloo nor NCCL takes every type."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _tensor_of(content: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    flat = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    return flat.view(dtype).reshape(shape)

@@ -182,16 +182,20 @@ def test_refused_accelerators(device: str) -> None:
 
 @pytest.mark.parametrize(
     ("stages", "cause", "fix"),
-    [(4, r"stages=4 is more than the 2 device\(s\)", "Use devices=4"), (1, "stages=1 with 2 devices", "stages='auto'")],
+    [
+        (4, r"stages=4 is more than the 3 device\(s\)", "Use devices=4"),
+        (2, "3 devices cannot be divided into pipelines of stages=2", "Use a multiple of 2 devices, or stages='auto'"),
+    ],
 )
 def test_refused_stage_counts(stages: int, cause: str, fix: str) -> None:
     with pytest.raises(MisconfigurationException, match=cause) as caught:
-        check_trainer(trainer(2), Small(), 2, stages)
+        check_trainer(trainer(3), Small(), 3, stages)
     assert fix in str(caught.value)
 
 
-def test_stages_equal_to_devices_are_allowed() -> None:
-    check_trainer(trainer(2), Small(), 2, 2)
+@pytest.mark.parametrize("stages", [1, 3])
+def test_stages_that_divide_the_devices_are_allowed(stages: int) -> None:
+    check_trainer(trainer(3), Small(), 3, stages)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ from torch import multiprocessing
 
 from lightning_tspipe import comm as comm_file
 from lightning_tspipe import tree
+from lightning_tspipe.board import FailureBoard
 from lightning_tspipe.comm import HEADER_BYTES, Comm, Line
 from lightning_tspipe.errors import PipelineError
+from lightning_tspipe.topology import Topology
 from tests.multiproc import result_of
 from tests.ports import free_port
 
@@ -31,7 +33,8 @@ def ranks(body: Callable[[Comm], Any], count: int = 2, ends: bool = True) -> lis
     def child(rank: int, port: int, pipe: Any) -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
         dist.init_process_group("gloo", rank=rank, world_size=count, timeout=timedelta(seconds=20))
-        comm = Comm(rank, count, CPU, "gloo", timedelta(seconds=20))
+        topology, timeout = Topology(rank, count, count), timedelta(seconds=20)
+        comm = Comm(topology, CPU, "gloo", timeout, FailureBoard(topology, timeout))
         try:
             pipe.send(body(comm))
             if ends:
@@ -85,7 +88,7 @@ def test_trees_arrive_as_they_were_and_in_order(posted: int) -> None:
     """With none, one or all receives posted before the first message is there; shapes are announced once."""
 
     def body(comm: Comm) -> Any:
-        if comm.rank == 0:
+        if comm.stage == 0:
             for number in range(5):
                 comm.outward["F"].send(
                     "tree" if number % 2 else "vector", nested(number) if number % 2 else vector(number)
@@ -119,7 +122,7 @@ def test_receives_wait_in_order_until_their_shapes_are_known() -> None:
         for end in (comm.outward, comm.inward):
             if "B" in end:
                 end["B"].know("short", tree.flatten(short)[1], (((1,), torch.float32),))
-        if comm.rank == 1:
+        if comm.stage == 1:
             comm.outward["B"].know("long", tree.flatten(long)[1], (((3,), torch.float32),))
             comm.outward["B"].send("long", long)
             comm.outward["B"].send("short", short)
@@ -138,7 +141,7 @@ def test_posted_receives_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(comm_file, "POSTED_BYTES", 100)
 
     def body(comm: Comm) -> Any:
-        if comm.rank == 0:
+        if comm.stage == 0:
             for number in range(8):
                 comm.outward["T"].send("x", [torch.full((20,), float(number))])
             return None
@@ -159,7 +162,7 @@ def test_posted_receives_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_another_shape_under_the_same_key_is_refused() -> None:
     def body(comm: Comm) -> Any:
-        if comm.rank:
+        if comm.stage:
             comm.inward["F"].post("x")
             return comm.inward["F"].take()[0].shape
         comm.outward["F"].send("x", [torch.zeros(2, 3)])
@@ -174,7 +177,7 @@ def test_lines_carry_objects_of_any_length() -> None:
     messages = ["", {"a": (1, torch.float32)}, "x" * (HEADER_BYTES - 100), b"y" * (3 * HEADER_BYTES), None]
 
     def body(comm: Comm) -> Any:
-        if comm.rank == 0:
+        if comm.stage == 0:
             for message in messages:
                 comm.send_header(message)
             return messages
@@ -187,10 +190,10 @@ def test_lines_carry_objects_of_any_length() -> None:
 
 def test_share_gather_and_chain() -> None:
     def body(comm: Comm) -> Any:
-        shared = comm.share({"x": torch.full((2,), float(comm.rank)), "name": comm.rank}, 1)
-        gathered = comm.gather([comm.rank, torch.tensor(comm.rank)])
-        chained = comm.chain(lambda value: value * 10 + comm.rank, torch.tensor(5))
-        assert same(comm.share(nested(comm.rank), 2), nested(2))
+        shared = comm.share({"x": torch.full((2,), float(comm.stage)), "name": comm.stage}, 1)
+        gathered = comm.gather([comm.stage, torch.tensor(comm.stage)])
+        chained = comm.chain(lambda value: value * 10 + comm.stage, torch.tensor(5))
+        assert same(comm.share(nested(comm.stage), 2), nested(2))
         return shared["x"].tolist(), shared["name"], gathered and [part[0] for part in gathered], int(chained)
 
     first, *others = ranks(body, 3)
@@ -203,7 +206,7 @@ class TestFailure:
 
     def test_a_killed_rank_is_named(self) -> None:
         def body(comm: Comm) -> Any:
-            if comm.rank == 1:
+            if comm.stage == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
                 Line(comm, "relay", 1).take()
@@ -218,11 +221,11 @@ class TestFailure:
 
     def test_the_first_report_counts(self) -> None:
         def body(comm: Comm) -> Any:
-            if comm.rank == 0:
+            if comm.stage == 0:
                 comm.board.report("the cause")
                 comm.board.report("an effect")
             dist.barrier()
-            return str(comm.board.explain(1 - comm.rank))
+            return str(comm.board.explain(1 - comm.stage))
 
         for rank, text in enumerate(ranks(body)):
             assert text == f"Rank {rank} stops because the pipeline lost a rank: the cause"

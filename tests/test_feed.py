@@ -25,6 +25,10 @@ class Signals:
     def __init__(self) -> None:
         self.received = self.acted = False
 
+    @property
+    def due(self) -> bool:
+        return self.received
+
     def act(self) -> None:
         self.acted = True
 
@@ -244,7 +248,7 @@ def test_every_rank_gets_the_batches_of_rank_0() -> None:
     """Over two passes; the others do not load."""
 
     def body(comm: Comm) -> Any:
-        rows = Rows(comm.rank + 1)
+        rows = Rows(comm.stage + 1)
         loader = SharedLoader(DataLoader(rows, 3), comm)
         passes = [[(batch["row"].dtype, batch["row"].tolist(), batch["name"]) for batch in loader] for _ in range(2)]
         return passes, len(loader), loader.batch_size, rows.asked, list(SharedLoader([], comm))

@@ -18,11 +18,11 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 # From bottom to top: a module imports only from modules that stand before it here.
 ORDER = (
     # stdlib only
-    *("errors", "schedule", "simulate"),
+    *("errors", "topology", "schedule", "simulate"),
     # what a network and its schedule are
     *("tree", "batchnorm", "partition", "teacher", "plan"),
     # one rank at work
-    *("stage", "data", "board", "comm", "logrelay", "checkpoint", "runtime"),
+    *("stage", "data", "board", "comm", "replicas", "logrelay", "checkpoint", "runtime"),
     # what meets Lightning
     *(
         "_lightning",
@@ -38,7 +38,7 @@ ORDER = (
         "__init__",
     ),
 )
-STDLIB_ONLY = {"errors", "schedule", "simulate"}
+STDLIB_ONLY = {"errors", "topology", "schedule", "simulate"}
 KNOW_LIGHTNING = {"_lightning", "module", "processes", "training", "fitting", "refuse", "strategy", "cli", "__init__"}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
@@ -136,8 +136,8 @@ def who_knows_lightning(source: Source) -> Iterator[str]:
 
 
 def who_communicates(source: Source) -> Iterator[str]:
-    """comm.py is the only file that sends and receives."""
-    if source.module in ("board", "comm"):
+    """comm.py is the only file that sends and receives; replicas.py has the collectives of data parallelism."""
+    if source.module in ("board", "comm", "replicas"):
         return
     allowed = STRATEGY_MAY if source.module in {"strategy", "processes"} else set()
     for node, name in used(source):

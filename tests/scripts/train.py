@@ -95,6 +95,7 @@ def run(
     delay: float = 0.0,
     devices: int = 3,
     start_method: Any = "popen",
+    stages: Any = "auto",
 ) -> None:
     """One rank, or the whole script; the victims send themselves that signal after the delay."""
     global FAULT  # noqa: PLW0603  the loader's and the model's code sees it in every process
@@ -104,7 +105,7 @@ def run(
     balance: Any = "auto"
     if fault.startswith("forward:"):  # the broken layer adds one to its stage
         balance = {"student": [1 + (stage == int(fault[-1])) for stage in range(3)], "teacher": [1, 1, 1]}
-    strategy = TSPipeStrategy(microbatches=2, balance=balance, start_method=start_method)
+    strategy = TSPipeStrategy(stages, microbatches=2, balance=balance, start_method=start_method)
     fit = trainer(devices, strategy, callbacks=[Marker(list(victims), number, delay)])
     fit.fit(Model(), DataLoader(Endless(), 4))
 
