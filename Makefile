@@ -1,7 +1,8 @@
 # Everything runs in .venv, which `make install` makes; the other targets see to it themselves.
 #   PYTHON=...    the Python (3.10 or newer) that makes .venv; the first that fits on PATH
 #   PIP_ARGS=...  more arguments for pip, e.g. an index with CPU builds of torch
-#   ARGS=...      more arguments for the program that a target runs, e.g. make test ARGS="-k teacher"
+#   ARGS=...      more arguments for the program that a target runs, e.g. make test ARGS="-k teacher"; one process,
+#                 as a debugger needs it: make test ARGS="-n 0"
 
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
@@ -41,12 +42,13 @@ $(STAMP): pyproject.toml | $(VENV)/bin/pip
 demo: install  ## distil a network on handwritten digits over two processes
 	$(PY) examples/distill_digits.py $(ARGS)
 
+# Two files at a time: most tests wait for processes that they have started.
 test: install  ## run the tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 # COVERAGE_FILE: a child that multiprocessing starts in another folder would leave its data there.
 coverage: install  ## run the tests, child processes measured too; fails under the bound in setup.cfg
-	COVERAGE_FILE=$(CURDIR)/.coverage $(PY) -m pytest --cov --cov-report=term-missing $(ARGS)
+	COVERAGE_FILE=$(CURDIR)/.coverage $(PY) -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing $(ARGS)
 
 check: install  ## lint, format, types and import rules
 	$(PY) -m ruff check .

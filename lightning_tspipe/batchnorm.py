@@ -41,7 +41,8 @@ class DeferredBatchNorm:
 
     def __init__(self, modules: Iterable[nn.Module], joint: Joint | None = None) -> None:
         self._joint = joint
-        self._norms = [m for root in modules for m in root.modules() if isinstance(m, Norm) and m.track_running_stats]
+        found = [m for root in modules for m in root.modules() if isinstance(m, Norm)]
+        self._norms = [norm for norm in found if norm.track_running_stats or joint is not None]
         self._parts: dict[Slot, dict[int, list[_Part]]] = defaultdict(lambda: defaultdict(list))
         self.slot: Slot = (0, 0)
         for index, norm in enumerate(self._norms):
@@ -67,11 +68,12 @@ class DeferredBatchNorm:
     def _forward(self, norm: Norm, index: int, inputs: Tensor) -> Tensor:
         if not norm.training:
             return type(norm).forward(norm, inputs)
-        assert norm.running_mean is not None and norm.running_var is not None
         if self._joint is not None:
             output, part = _joint(norm, inputs, self._joint)
-            self._parts[self.slot][index].append(part)
+            if norm.track_running_stats:
+                self._parts[self.slot][index].append(part)
             return output
+        assert norm.running_mean is not None and norm.running_var is not None
         # with momentum 1 the kernel leaves the statistics of this microbatch in the two buffers, at no extra cost
         mean, var = torch.zeros_like(norm.running_mean), torch.ones_like(norm.running_var)
         output = nn.functional.batch_norm(inputs, mean, var, norm.weight, norm.bias, True, 1.0, norm.eps)

@@ -86,6 +86,7 @@ class Normed(Exact):
         for network in (self.student, self.teacher):
             network.insert(1, nn.BatchNorm1d(8).double())
             network.insert(3, nn.BatchNorm1d(8, momentum=None, affine=False).double())
+            network.insert(4, nn.BatchNorm1d(8, track_running_stats=False).double())
 
 
 def fits(make: Any, shapes: list[tuple[int, int, int]], **options: Any) -> tuple[dict[str, Any], list[Ranks]]:
