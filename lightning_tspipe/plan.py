@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Literal
 
+from lightning_tspipe.orders import make_schedule, minimal_microbatches
 from lightning_tspipe.partition import Layer, Partition
-from lightning_tspipe.schedule import Costs, Schedule, make_schedule, minimal_microbatches
+from lightning_tspipe.schedule import Costs, Schedule
 from lightning_tspipe.simulate import replay
 
 SCHEDULES = ("auto", "afab")

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 # From bottom to top: a module imports only from modules that stand before it here.
 ORDER = (
     # stdlib only
-    *("errors", "schedule", "simulate"),
+    *("errors", "schedule", "clock", "simulate", "greedy", "ahead", "orders"),
     # what a network and its schedule are
     *("tree", "batchnorm", "partition", "teacher", "plan"),
     # one rank at work
@@ -26,7 +26,7 @@ ORDER = (
     # what meets Lightning
     *("_lightning", "whole", "module", "processes", "feed", "training", "refuse", "strategy", "cli", "__init__"),
 )
-STDLIB_ONLY = {"errors", "schedule", "simulate"}
+STDLIB_ONLY = {"errors", "schedule", "clock", "simulate", "greedy", "ahead", "orders"}
 KNOW_LIGHTNING = {"_lightning", "module", "processes", "training", "refuse", "strategy", "cli", "__init__"}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 

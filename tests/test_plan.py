@@ -9,9 +9,10 @@ import pytest
 from torch import nn
 
 from lightning_tspipe import plan
+from lightning_tspipe.orders import make_schedule
 from lightning_tspipe.partition import partition
 from lightning_tspipe.plan import Planner, estimate_costs
-from lightning_tspipe.schedule import Costs, Schedule, make_schedule
+from lightning_tspipe.schedule import Costs, Schedule
 from lightning_tspipe.simulate import ReplayError
 
 
