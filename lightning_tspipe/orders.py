@@ -1,15 +1,15 @@
 """The orders, and the search for the fastest one under a memory bound.
 
-The first of four ranks with 4 microbatches, t = f = b = w, and the most student microbatches in flight at stage k::
+A step of rank 0 of 2, and the most student microbatches in flight at stage k of P::
 
-    afab        F0 F1 F2 F3 T0' T1' T2' T3' B0 B1 B2 B3              M
-    afab-split  F0 F1 F2 F3 T0' T1' T2' T3' I0 I1 I2 I3 W0 W1 ..     M
-    1f1b        F0 F1 F2 F3 T0' .. B0 B1 ..                          P - k, or 2 (P - k) - 1 where that is faster
-    zb          F0 F1 F2 F3 T0' .. I0 W0 I1 W1 ..                    the same
+    afab        F0 F1 F2 T0' T1' T2' B0 B1 B2             M
+    afab-split  F0 F1 F2 T2 T0' T1' I0 I1 I2 W0 W1 W2     M
+    1f1b        F0 F1 F2 T0' B0 T1' B1 T2' B2             P-k to 2(P-k)-1, or what the bound of "auto" allows
+    zb          T0 F0 T1 F1 I0 T2 F2 I1 W0 W1 I2 W2       as 1f1b
 
-Those that begin with afab serve any loss; the other two need a loss per microbatch. With the backward split (I, W) an
-exact teacher needs no bubbles either. Orders but the first come from `greedy.greedy_rows`; what is searched is how far
-the teacher runs ahead on each rank (s_k), and who gives way to whom.
+Those that begin with afab serve any loss; the other two need a loss per microbatch. With the backward split into I and
+W an exact teacher (no lookahead) needs no bubbles either. Rows of all orders but afab come from `greedy.greedy_rows`;
+the search is for how far the teacher runs ahead (s_k), how many microbatches are in flight, and who gives way to whom.
 """
 
 from __future__ import annotations
@@ -275,7 +275,8 @@ class _Search:
         if best is None or best.policy is None or self.enough:
             return
         name, policy = best.name, best.policy
-        self.evaluate(name, replace(policy, patience=1 - policy.patience))
+        for patience in (0.5, 1.0):
+            self.evaluate(name, replace(policy, patience=patience))
         assert self.best is not None
         policy = self.best.policy or policy
         if self.lookahead:
@@ -303,15 +304,16 @@ class _Search:
         """The policies of an order to try, the most promising first."""
         stages, count, free = self.stages, self.microbatches, self.in_flight
         whole, split = name.startswith("afab"), name in ("afab-split", "zb")
-        single, double = (
-            tuple(min(most, factor * (stages - k) - factor + 1) for k, most in enumerate(free)) for factor in (1, 2)
+        single, middle, double = (
+            tuple(min(most, math.ceil(wide * (stages - k) - wide + 1)) for k, most in enumerate(free))
+            for wide in (1, 1.5, 2)
         )
-        limits = (
-            [free] if whole else unique([double, free, single] if self.auto or self.max_in_flight else [double, single])
-        )
+        any_number = [free] if self.auto or self.max_in_flight is not None else []
+        limits = [free] if whole else unique([double, *any_number, single, middle])
         base = Policy((0,) * stages, free, self.held, split, whole)
-        for lead, limit in itertools.product((1, None) if self.lookahead else (1, 2, stages, None), limits):
-            yield name, replace(base, in_flight=limit, lead=lead)
+        leads = (1, None) if self.lookahead else (1, 0, None, stages)
+        for patience, lead, limit in itertools.product((0.0,) if self.lookahead else (0.0, 0.5, 1.0), leads, limits):
+            yield name, replace(base, in_flight=limit, lead=lead, patience=patience)
         if self.lookahead:
             for ahead, limit in itertools.product(
                 unique([*staircases(count, self.costs, split=split), (count,) * stages]), limits
