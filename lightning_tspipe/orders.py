@@ -35,9 +35,10 @@ from lightning_tspipe.schedule import (
 )
 
 ORDERS = ("auto", "afab", "1f1b", "afab-split", "zb")
-BUDGET = 24_000  # stages x microbatches x evaluations of a search: about a second
+BUDGET = 16_000  # stages x microbatches x simulations in a search: less than a second
+FEWEST = 16  # simulations, for a large problem
 NEAR = 1.0025  # a step that is this near to its bound is as good as any
-EVALUATIONS = 200  # at most, for a small problem
+MOST = 200  # simulations, for a small problem
 
 Score = tuple[bool, float, int, int]
 
@@ -201,12 +202,12 @@ class _Search:
         )
         self.bound = max(self.costs.work(k, self.microbatches) for k in range(self.stages))
         self.slower = slower_messages(self.costs)
-        self.budget = min(EVALUATIONS, max(24, BUDGET // (self.stages * self.microbatches)))
+        self.budget = min(MOST, max(FEWEST, BUDGET // (self.stages * self.microbatches)))
 
     def run(self, names: Sequence[str]) -> Found:
         self.plain(names)
         if "afab" in names:
-            self.all_forward_first()
+            self.all_forward_first(150 if len(names) == 1 else 75)
         if not self.enough:
             waits = self.costs.exchange is not None  # then the teacher can fill what lies behind the last backward, too
             self.greedy([name for name in names if name != "afab" or waits])
@@ -231,8 +232,10 @@ class _Search:
         self.evaluations += 1
         schedule = self.schedule(rows)
         period = clock(schedule, self.costs).period
-        both = period + clock(schedule, self.slower).period
         worse = period > self.limit * (1 + 1e-9)
+        if self.best is not None and (worse, 2 * period) > self.best.score[:2]:  # slower messages make it no better
+            return worse, 2 * period, 0, 0
+        both = period + clock(schedule, self.slower).period
         score = worse, float(f"{both:.9g}"), ORDERS.index(name), sum(schedule.ahead)
         if self.best is None or score < self.best.score:
             self.best = _Candidate(name, rows, schedule.ahead, score, period, policy)
@@ -253,10 +256,10 @@ class _Search:
         for name, rows in found:
             self.offer(name, rows)
 
-    def all_forward_first(self) -> None:
+    def all_forward_first(self, budget: int) -> None:
         """All forwards, then all backwards; the teacher in one block before each."""
         count = self.microbatches
-        ahead, evaluations = afab_ahead(count, self.costs) if self.lookahead else ((0,) * self.stages, 0)
+        ahead, evaluations = afab_ahead(count, self.costs, budget) if self.lookahead else ((0,) * self.stages, 0)
         self.evaluations += evaluations
         own, forward, backward = ([Action(kind, q) for q in range(count)] for kind in KINDS)
         self.offer(
@@ -311,7 +314,9 @@ class _Search:
         any_number = [free] if self.auto or self.max_in_flight is not None else []
         limits = [free] if whole else unique([double, *any_number, single, middle])
         base = Policy((0,) * stages, free, self.held, split, whole)
-        leads = (1, None) if self.lookahead else (1, 0, None, stages)
+        leads: tuple[int | None, ...] = (1, 0, None, stages)
+        if self.lookahead:
+            leads = (1, None) if split else ()  # with a full backward nothing but lookahead fills the bubbles
         for patience, lead, limit in itertools.product((0.0,) if self.lookahead else (0.0, 0.5, 1.0), leads, limits):
             yield name, replace(base, in_flight=limit, lead=lead, patience=patience)
         if self.lookahead:

@@ -133,14 +133,14 @@ class Planner:
     def _runs_with(self, made: Schedule) -> int:
         """How early receives must be posted so that no rank waits with a send for another that waits for it."""
         longest = max(map(len, made.ranks))
-        for post_ahead in (self.post_ahead, 8, 24, 64):
+        for post_ahead in (self.post_ahead, 8, 32):
             if self.post_ahead <= post_ahead < longest:
                 try:
-                    replay(made, post_ahead=post_ahead)
+                    replay(made, steps=3, post_ahead=post_ahead)
                 except ReplayError:
                     continue
                 return post_ahead
-        replay(made, post_ahead=max(longest, self.post_ahead))
+        replay(made, steps=3, post_ahead=max(longest, self.post_ahead))
         return max(longest, self.post_ahead)
 
 
