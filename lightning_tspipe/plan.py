@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Literal
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
 
+from lightning_tspipe.orders import Found, find_schedule, minimal_microbatches
 from lightning_tspipe.partition import Layer, Partition
-from lightning_tspipe.schedule import Costs, Schedule, make_schedule, minimal_microbatches
-from lightning_tspipe.simulate import replay
+from lightning_tspipe.schedule import Costs, LossOver, Schedule
+from lightning_tspipe.simulate import ReplayError, replay
 
 SCHEDULES = ("auto", "afab")
 
@@ -29,6 +33,26 @@ def check_plan_arguments(microbatches: int | str, schedule: str) -> None:
         raise ValueError(f"schedule={schedule!r} is unknown: choose from {', '.join(map(repr, SCHEDULES))}")
 
 
+def most_in_memory(limit: Sequence[float], microbatch: Sequence[float]) -> tuple[int, ...]:
+    """How many student microbatches fit on each rank, for a bound on what is held.
+
+    Args:
+        limit: bytes per rank that activations may take.
+        microbatch: bytes per rank that one microbatch takes between its forward and the end of its backward.
+
+    Raises:
+        ValueError: a rank has no room for a single one.
+    """
+    most = tuple(int(bytes_ // each) if each else sys.maxsize for bytes_, each in zip(limit, microbatch, strict=True))
+    if min(most) < 1:
+        rank = most.index(min(most))
+        raise ValueError(
+            f"A microbatch takes {microbatch[rank]:,.0f} bytes on rank {rank}, more than the {limit[rank]:,.0f} that "
+            "it may: cut the batch into more microbatches, or the network into more stages."
+        )
+    return most
+
+
 class Planner:
     """Makes the schedule for any number of microbatches, once each, and replays it for all ranks before it is used.
 
@@ -37,34 +61,87 @@ class Planner:
         lookahead: whether the teacher may run a batch ahead (frozen or delayed).
         loss_over: "batch" or "microbatch".
         schedule: the order, or "auto".
-        post_ahead: how many runs before its use a receive is posted.
+        post_ahead: how many runs before its use a receive is posted. A schedule whose ranks would then wait for each
+            other raises it, from that schedule on.
+        split_backward: whether "auto" may split the backward into I and W.
+        clipping: whether all stages exchange a scalar before the optimizer step (clipping by norm, a loss scale).
+        max_in_flight, max_held: per rank, bounds on student microbatches (`schedule.validate`, `most_in_memory`).
 
     Raises:
         ScheduleError, ReplayError: a schedule that would not run; a bug of this library.
+        ValueError: no order keeps the bounds.
     """
 
     def __init__(
         self,
         costs: Costs,
         lookahead: bool,
-        loss_over: Literal["batch", "microbatch"],
+        loss_over: LossOver,
         schedule: str = "auto",
         post_ahead: int = 2,
+        *,
+        split_backward: bool = False,
+        clipping: bool = False,
+        max_in_flight: Sequence[int] | None = None,
+        max_held: Sequence[int] | None = None,
     ) -> None:
         stages = len(costs.t)
+        if clipping and costs.exchange is None:  # the scalar goes up to rank 0 and down again
+            costs = replace(costs, exchange=2 * (stages - 1) * costs.message)
         self.costs, self.lookahead, self.post_ahead = costs, lookahead, post_ahead
-        self.microbatches = minimal_microbatches(stages, costs, lookahead=lookahead)
+        split = split_backward if schedule == "auto" else schedule in ("afab-split", "zb")
+        needs: LossOver = "batch" if schedule == "afab-split" else loss_over
+        self.microbatches = minimal_microbatches(stages, costs, lookahead=lookahead, split=split, loss_over=needs)
+        self._find = cache(
+            partial(
+                find_schedule,
+                stages,
+                costs=costs,
+                lookahead=lookahead,
+                loss_over=loss_over,
+                order=schedule,
+                split_backward=split_backward,
+                max_in_flight=max_in_flight,
+                max_held=max_held,
+            )
+        )
+        self._replayed: set[int] = set()
 
-        def make(count: int) -> Schedule:
-            made = make_schedule(stages, count, costs, lookahead=lookahead, loss_over=loss_over, order=schedule)
-            replay(made, post_ahead=post_ahead)
-            return made
-
-        self._make = cache(make)
+    def find(self, microbatches: int) -> Found:
+        """The schedule for batches of that many microbatches, and what is known of it."""
+        found = self._find(microbatches)
+        if microbatches not in self._replayed:
+            self.post_ahead = self._runs_with(found.schedule)
+            self._replayed.add(microbatches)
+        return found
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule for batches of that many microbatches."""
-        return self._make(microbatches)
+        return self.find(microbatches).schedule
+
+    def best_microbatches(self, most: int) -> int:
+        """The fewest microbatches, up to `most`, with which a step is within 1 % of the shortest for the same batch.
+
+        The work of a batch is taken to be the same however it is cut. That a small microbatch costs more than its share
+        is why few are preferred.
+        """
+        tries = sorted({min(most, math.ceil(self.microbatches * share)) for share in (1, 1.125, 1.25, 1.5, 2)})
+        found = {count: self._find(count) for count in tries}
+        shares = {count: one.bound / one.period if one.period else 1.0 for count, one in found.items()}
+        return next(count for count in tries if shares[count] >= 0.99 * max(shares.values()))
+
+    def _runs_with(self, made: Schedule) -> int:
+        """How early receives must be posted so that no rank waits with a send for another that waits for it."""
+        longest = max(map(len, made.ranks))
+        for post_ahead in (self.post_ahead, 8, 32):
+            if self.post_ahead <= post_ahead < longest:
+                try:
+                    replay(made, steps=3, post_ahead=post_ahead)
+                except ReplayError:
+                    continue
+                return post_ahead
+        replay(made, steps=3, post_ahead=max(longest, self.post_ahead))
+        return max(longest, self.post_ahead)
 
 
 def _parameters(layers: tuple[Layer, ...]) -> int:

@@ -13,18 +13,17 @@ Method: Lim et al., "TSPipe", ICML 2022, PMLR 162:13302-13312, https://proceedin
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal, cast, get_args
 
 Kind = Literal["T", "F", "B", "I", "W"]
 LossOver = Literal["batch", "microbatch"]
 
-ORDERS, LOSSES = ("auto", "afab"), get_args(LossOver)
+LOSSES = get_args(LossOver)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -72,6 +71,8 @@ class Costs:
     Args:
         t, f, b, w: teacher forward, student forward, backward for inputs, backward for weights.
         message, optimizer: seconds of one message between neighbours, and of one optimizer step of a rank.
+        exchange: seconds from the last backward of all ranks until any rank may make its optimizer step, where a
+            scalar of all stages comes before it (clipping by norm, a loss scale); None: no rank waits for another.
     """
 
     t: tuple[float, ...]
@@ -80,20 +81,23 @@ class Costs:
     w: tuple[float, ...] = ()
     message: float = 0.0
     optimizer: float = 0.0
+    exchange: float | None = None
 
     def __post_init__(self) -> None:
         if not self.w:
             object.__setattr__(self, "w", (0.0,) * len(self.b))
         lengths = {name: len(getattr(self, name)) for name in "tfbw"}
-        _require(len(set(lengths.values())) == 1 and bool(self.t), f"costs need one entry per stage, not {lengths}")
+        require(len(set(lengths.values())) == 1 and bool(self.t), f"costs need one entry per stage, not {lengths}")
         for name, value in asdict(self).items():
+            if value is None:
+                continue
             fine = all(0 <= seconds < math.inf for seconds in (value if isinstance(value, tuple) else (value,)))
-            _require(fine, f"costs.{name} is {value}: give finite seconds that are not negative")
+            require(fine, f"costs.{name} is {value}: give finite seconds that are not negative")
 
     @classmethod
     def uniform(cls, stages: int, t: float = 1, f: float = 1, b: float = 1, w: float = 1, message: float = 0) -> Costs:
         """The same costs on every one of `stages` stages."""
-        _require(stages >= 1, f"stages is {stages}: give at least 1")
+        require(stages >= 1, f"stages is {stages}: give at least 1")
         return cls((t,) * stages, (f,) * stages, (b,) * stages, (w,) * stages, message)
 
     def seconds(self, kind: Kind, stage: int) -> float:
@@ -133,7 +137,7 @@ class Schedule:
         if not (match := re.fullmatch(pattern, header.strip())):
             raise ValueError(f"first line {header!r}: write stages=2 microbatches=3 loss_over=batch (or microbatch)")
         for rank, line in enumerate(lines):
-            _require(line.strip().startswith(f"rank {rank}:"), f"line {line!r}: expected 'rank {rank}: ...'")
+            require(line.strip().startswith(f"rank {rank}:"), f"line {line!r}: expected 'rank {rank}: ...'")
         rows = (tuple(map(Action.parse, line.split(":", 1)[1].split())) for line in lines)
         return cls(int(match[1]), int(match[2]), cast(LossOver, match[3]), tuple(rows))
 
@@ -175,7 +179,7 @@ def step_order(actions: Sequence[Action], done: int) -> tuple[Action, ...]:
         actions: one rank's row of a schedule.
         done: teacher forwards of this batch made earlier, at least 0.
     """
-    _require(done >= 0, f"done is {done}: give the number of teacher forwards already made, at least 0")
+    require(done >= 0, f"done is {done}: give the number of teacher forwards already made, at least 0")
     missing = (Action("T", q) for q in range(done, sum(action.ahead for action in actions)))
     rest = (a for a in actions if a.kind != "T" or a.ahead or a.microbatch >= done)
     return (*missing, *rest)
@@ -192,53 +196,64 @@ def lower(actions: Sequence[Action], stage: int, stages: int, *, post_ahead: int
         actions: what the rank runs, in order (from `step_order`).
         stage: the rank's stage.
         stages: number of stages.
-        post_ahead: runs before its use that a receive is posted; 2 at most for a batch that rank 0 has yet to announce.
+        post_ahead: runs before its use that a receive is posted. For the next batch it is posted after the step's first
+            student forward, since before that rank 0 may not have announced it, or else 2 runs before its use at most.
     """
-    _require(0 <= stage < stages, f"stage is {stage} of {stages}: give 0 to {stages - 1}")
-    _require(post_ahead >= 0, f"post_ahead is {post_ahead}: give 0 (post right before the use) or more")
-    ops: list[Op] = []
-    early = [max(0, i - (min(post_ahead, 2) if action.ahead else post_ahead)) for i, action in enumerate(actions)]
+    require(0 <= stage < stages, f"stage is {stage} of {stages}: give 0 to {stages - 1}")
+    require(post_ahead >= 0, f"post_ahead is {post_ahead}: give 0 (post right before the use) or more")
+    began = next((i + 1 for i, action in enumerate(actions) if action.kind == "F"), 0)
+    early: list[list[Action]] = [[] for _ in actions]
     for index, action in enumerate(actions):
-        posted = [coming for place, coming in zip(early, actions, strict=True) if place == index]
-        ops += [Op("recv", coming) for coming in posted if peers(coming.kind, stage, stages)[0] is not None]
+        if peers(action.kind, stage, stages)[0] is not None:
+            place = index - post_ahead
+            if action.ahead:  # by the first student forward rank 0 has announced the next batch
+                place = max(place, min(index - 2, began))
+            early[max(0, place)].append(action)
+    ops: list[Op] = []
+    for posted, action in zip(early, actions, strict=True):
+        ops += [Op("recv", coming) for coming in posted]
         ops.append(Op("run", action))
         if peers(action.kind, stage, stages)[1] is not None:
             ops.append(Op("send", action))
     return tuple(ops)
 
 
-def validate(schedule: Schedule, *, max_in_flight: Sequence[int] | None = None) -> None:
+def validate(
+    schedule: Schedule, *, max_in_flight: Sequence[int] | None = None, max_held: Sequence[int] | None = None
+) -> None:
     """Check every rule that can be seen without running the schedule (`simulate.replay` runs it).
 
     Args:
         schedule: what to check.
         max_in_flight: per rank, the most student microbatches whose forward is done and whose B (or I) is not.
+        max_held: per rank, the most whose forward is done and whose B (or W) is not; a W needs what its I left.
 
     Raises:
         ScheduleError: names the rank, the cell and the reason, and shows the grid with the cell marked.
-        ValueError: a scalar of the schedule or the length of `max_in_flight` is wrong.
+        ValueError: a scalar of the schedule or the length of a bound is wrong.
     """
-    _require_scalars(schedule.stages, schedule.microbatches, schedule.loss_over)
-    for name, rows in (("ranks", schedule.ranks), ("max_in_flight", max_in_flight)):
+    check_scalars(schedule.stages, schedule.microbatches, schedule.loss_over)
+    bounds = {"max_in_flight": max_in_flight, "max_held": max_held}
+    for name, rows in {"ranks": schedule.ranks, **bounds}.items():
         fits = rows is None or len(rows) == schedule.stages
-        _require(fits, f"{name} has {len(rows or ())} entries for {schedule.stages} stages: give one per stage")
-    limits = (schedule.microbatches,) * schedule.stages if max_in_flight is None else max_in_flight
-    in_rows = (_row_faults(schedule, rank, limit) for rank, limit in enumerate(limits))
+        require(fits, f"{name} has {len(rows or ())} entries for {schedule.stages} stages: give one per stage")
+    given = [[schedule.microbatches] * schedule.stages if rows is None else rows for rows in bounds.values()]
+    in_rows = (_row_faults(schedule, rank, *limits) for rank, limits in enumerate(zip(*given, strict=True)))
     between = (_edge_faults(schedule, rank) for rank in range(1, schedule.stages))
     for rank, position, reason in itertools.chain.from_iterable(itertools.chain(in_rows, between)):
         raise ScheduleError(schedule, rank, position, reason)
 
 
-def _row_faults(schedule: Schedule, rank: int, limit: int) -> Iterator[tuple[int, int, str]]:
+def _row_faults(schedule: Schedule, rank: int, limit: int, hold: int) -> Iterator[tuple[int, int, str]]:
     """Rank, position and reason of each broken rule within a row."""
     row, count, ahead = schedule.ranks[rank], schedule.microbatches, schedule.ahead[rank]
     gate = schedule.loss_over if rank == schedule.stages - 1 else None
     seen: set[Action] = set()
-    forwards, backwards, next_own, next_ahead = 0, 0, ahead, 0
+    forwards, backwards, finished, next_own, next_ahead = 0, 0, 0, ahead, 0
     for position, action in enumerate(row):
         kind, q = action.kind, action.microbatch
         teacher, back, due = kind == "T", kind in "BI", next_ahead if action.ahead else next_own
-        forwards, backwards = forwards + (kind == "F"), backwards + back
+        forwards, backwards, finished = forwards + (kind == "F"), backwards + back, finished + (kind in "BW")
         rules = (
             (not 0 <= q < count, f"the microbatches are 0 to {count - 1}"),
             (action in seen, f"{action} comes twice"),
@@ -254,6 +269,7 @@ def _row_faults(schedule: Schedule, rank: int, limit: int) -> Iterator[tuple[int
             (back and gate == "batch" and min(forwards, next_own) < count, "the loss needs every F and T of the batch"),
             (back and gate == "microbatch" and next_own <= q, f"the loss of microbatch {q} needs T{q}"),
             (forwards - backwards > limit, f"{forwards - backwards} student microbatches in flight, bound {limit}"),
+            (forwards - finished > hold, f"{forwards - finished} student microbatches held, bound {hold}"),
         )
         yield from ((rank, position, reason) for broken, reason in rules if broken)
         seen.add(action)
@@ -280,121 +296,16 @@ def _edge_faults(schedule: Schedule, rank: int) -> Iterator[tuple[int, int, str]
                 yield receiver, position, f"rank {sender} sends microbatch {q} here: both ends need one order"
 
 
-def minimal_microbatches(stages: int, costs: Costs, *, lookahead: bool = True) -> int:
-    """The smallest M whose teacher work can fill the bubble of a student pipeline with full backward.
-
-    Necessary for a delayed or frozen teacher: ``M t >= (P-1)(f + b + w + 2 message)`` with each cost the largest over
-    the stages; at least `stages`, and 1 for one stage. Without lookahead, or with a teacher that costs nothing, no M
-    suffices: 2 P is a compromise there (for unit costs the bubble is then less than a third of the step).
-    """
-    _require_scalars(stages, 1, "batch", costs)
-    if stages == 1 or not lookahead or not max(costs.t):
-        return 2 * stages if stages > 1 else 1
-    hole = max(costs.f) + max(costs.seconds("B", k) for k in range(stages)) + 2 * costs.message
-    return max(stages, math.ceil((stages - 1) * hole / max(costs.t) - 1e-9))
-
-
-def make_schedule(
-    stages: int,
-    microbatches: int,
-    costs: Costs | None = None,
-    *,
-    lookahead: bool = True,
-    loss_over: LossOver = "batch",
-    order: str = "auto",
-) -> Schedule:
-    """All forwards, then all backwards; the teacher fills the two holes of each rank.
-
-    Of a batch's teacher forwards rank k makes ``s_k`` a step ahead, in the hole before B0, the others in the hole
-    before F0. A search picks the ``s_k``: it minimises the step time as given plus that with messages slower by 2 %
-    of an action (so that ranks do not wait for each other's every jitter), never exceeds the step time of the plain
-    order (all s_k = 0), and among equals makes the fewest ahead (less memory). ValueError for a bad argument.
-
-    Args:
-        stages: P, at least 1.
-        microbatches: M, view-microbatches per batch, at least 1.
-        costs: seconds per action; None means t = f = b = w.
-        lookahead: False keeps the teacher within its own step (delay 0 of a momentum teacher).
-        loss_over: "batch" if the loss needs all outputs of the batch at once, else "microbatch".
-        order: "afab", or "auto", which for now picks it.
-    """
-    _require(order in ORDERS, f"order is {order!r}: choose from {', '.join(ORDERS)}")
-    _require_scalars(stages, microbatches, loss_over, costs)
-    costs = costs or Costs.uniform(stages)
-    ahead = _search_ahead(microbatches, costs) if lookahead else (0,) * stages
-    own, forward, backward = ([Action(kind, q) for q in range(microbatches)] for kind in get_args(Kind)[:3])
-    rows = tuple((*own[s:], *forward, *(replace(a, ahead=True) for a in own[:s]), *backward) for s in ahead)
-    schedule = Schedule(stages, microbatches, loss_over, rows)
-    validate(schedule)
-    return schedule
-
-
-def _search_ahead(microbatches: int, costs: Costs, budget: int = 150) -> tuple[int, ...]:
-    """The s_k: descent, within `budget` evaluations, from the best of a few splits in proportion to the holes."""
-    stages = len(costs.t)
-    jitter = 0.02 * sum(map(sum, (costs.t, costs.f, costs.b, costs.w))) / (4 * stages)
-    slower = replace(costs, message=costs.message + jitter)
-    plain = _afab_period(microbatches, costs, (0,) * stages)
-    floor = 2 * max(costs.work(k, microbatches) for k in range(stages))
-
-    @functools.cache
-    def score(ahead: tuple[int, ...]) -> tuple[bool, float, int]:
-        period = _afab_period(microbatches, costs, ahead)
-        both = period + _afab_period(microbatches, slower, ahead)
-        return period > plain, float(f"{both:.9g}"), sum(ahead)
-
-    def legal(ahead: Sequence[float]) -> tuple[int, ...]:
-        # at most M, not growing downstream (a rank cannot take what the one above has not made), 0 on the last
-        return (*(max(0, int(min(microbatches, *ahead[: k + 1]))) for k in range(stages - 1)), 0)
-
-    trips = [costs.f[k] + costs.seconds("B", k) + 2 * costs.message for k in range(stages)]
-    room = [min(sum(trips[k + 1 :]) / costs.t[k], 1e9) if costs.t[k] else 1e9 for k in range(stages)]
-    widest = max(1.0, microbatches / (room[0] or 1.0))
-    starts = itertools.product((1.0, (1 + widest) / 2, widest), (1e-9, 0.5, 1 - 1e-9))
-    best = min([(0,) * stages, *(legal([r * scale + part for r in room]) for scale, part in starts)], key=score)
-    for step in (8, 4, 2, 2, 1, 1, 1, 1):
-        for rank, change in itertools.product(range(stages - 1), (-step, step)):
-            if score(best)[1] > floor and score.cache_info().misses < budget:
-                down = [s + change * (k <= rank) for k, s in enumerate(best)]
-                alone = [*(max(s, best[rank] + change) for s in best[:rank]), best[rank] + change, *best[rank + 1 :]]
-                best = min(best, legal(down), legal(alone), key=score)
-    return best
-
-
-def _afab_period(microbatches: int, costs: Costs, ahead: Sequence[int]) -> float:
-    """Step time of all-forward-all-backward: what `simulate.timeline` gives, in a tenth of the time."""
-    stages, every = len(costs.t), range(microbatches)
-    free, ends, done = [0.0] * stages, [], [0] * stages
-
-    def chain(now: float, queue: Sequence[int], seconds: float, arrivals: list[float], sent: list[float]) -> float:
-        for q in queue:
-            now = max(now, arrivals[q]) + seconds
-            sent[q] = now + costs.message
-        return now
-
-    coming = [[0.0] * microbatches for _ in range(stages + 1)]
-    for step in range(6):
-        teacher, coming = coming, [[0.0] * microbatches for _ in range(stages + 1)]
-        student, gradient = [0.0] * microbatches, [0.0] * microbatches
-        for k in range(stages):
-            now = chain(free[k], every[done[k] :], costs.t[k], teacher[k], teacher[k + 1])
-            now = chain(now, every, costs.f[k], student, student)
-            done[k] = ahead[k] if step < 5 else 0
-            free[k] = chain(now, every[: done[k]], costs.t[k], coming[k], coming[k + 1])
-        for k in reversed(range(stages)):
-            free[k] = chain(free[k], every, costs.seconds("B", k), gradient, gradient) + costs.optimizer
-        ends.append(tuple(free))
-    return max(b - a for a, b in zip(ends[2], ends[4], strict=True)) / 2
-
-
-def _require(fine: bool, message: str) -> None:
+def require(fine: bool, message: str) -> None:
+    """Raises ValueError with the message unless all is fine."""
     if not fine:
         raise ValueError(message)
 
 
-def _require_scalars(stages: int, microbatches: int, loss_over: str, costs: Costs | None = None) -> None:
-    _require(stages >= 1, f"stages is {stages}: give at least 1")
-    _require(microbatches >= 1, f"microbatches is {microbatches}: give at least 1")
-    _require(loss_over in LOSSES, f"loss_over is {loss_over!r}: choose from {', '.join(LOSSES)}")
+def check_scalars(stages: int, microbatches: int, loss_over: str, costs: Costs | None = None) -> None:
+    """Raises ValueError for an argument that many functions share."""
+    require(stages >= 1, f"stages is {stages}: give at least 1")
+    require(microbatches >= 1, f"microbatches is {microbatches}: give at least 1")
+    require(loss_over in LOSSES, f"loss_over is {loss_over!r}: choose from {', '.join(LOSSES)}")
     given = stages if costs is None else len(costs.t)
-    _require(given == stages, f"costs are for {given} stages, not {stages}: give one entry per stage")
+    require(given == stages, f"costs are for {given} stages, not {stages}: give one entry per stage")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
+from lightning_tspipe.clock import clock
 from lightning_tspipe.schedule import Action, Costs, Kind, Op, Schedule, lower, peers, step_order, validate
 
 Edge = tuple[int, int, Kind]  # sender, receiver, and T, F or B; the gradient of an I travels with those of B
@@ -101,6 +102,7 @@ class _Channel:
 
     sent: list[Work] = field(default_factory=list)
     posted: list[Work] = field(default_factory=list)
+    place: dict[Work, int] = field(default_factory=dict)  # of what is posted
     used: int = 0
     before: int = 0  # messages under way at the start
     held: int = 0
@@ -108,6 +110,8 @@ class _Channel:
     def add(self, side: list[Work], work: Work) -> str | None:
         """Append to `sent` or `posted`; the reason if the other side has something else at that place."""
         side.append(work)
+        if side is self.posted:
+            self.place.setdefault(work, len(side) - 1)
         self.held = max(self.held, len(self.sent) - len(self.posted))
         place = len(side) - 1
         if place < min(len(self.sent), len(self.posted)) and self.sent[place] != self.posted[place]:
@@ -162,7 +166,7 @@ class _Run:
         action = op.action
         if op.verb == "run" and (channel := self.channel(rank, op, True)) is not None:
             work = (step + action.ahead, action.microbatch)
-            if work in channel.posted and channel.posted.index(work) >= len(channel.sent):
+            if channel.place.get(work, -1) >= len(channel.sent):
                 return "its message"
         if op.verb == "send" and self.rendezvous and (channel := self.channel(rank, op, False)) is not None:
             crosses = action.ahead and action.microbatch >= self.schedule.ahead[rank + 1]
@@ -176,7 +180,7 @@ class _Run:
         channel = self.channel(rank, op, op.verb != "send")
         if op.verb == "run":
             fault = self.misplaced(rank, step, op.action)
-            if channel is not None and work not in channel.posted:
+            if channel is not None and work not in channel.place:
                 fault = fault or "no receive was posted for its message"
             elif channel is not None:
                 fault = fault or (None if channel.posted[channel.used] == work else "takes its message out of order")
@@ -254,6 +258,7 @@ class Timeline:
         utilization: mean busy time of a rank per step, over `period`; 1.0 is a balanced pipeline without bubbles.
         lower_bound: the busiest rank's work per step; no period is shorter.
         in_flight: per rank, the most student microbatches whose forward was done and whose B (or I) was not.
+        held: per rank, the most whose forward was done and whose B (or W) was not.
     """
 
     spans: tuple[tuple[Span, ...], ...]
@@ -262,6 +267,7 @@ class Timeline:
     utilization: float
     lower_bound: float
     in_flight: tuple[int, ...]
+    held: tuple[int, ...]
 
     @property
     def bubble(self) -> float:
@@ -271,8 +277,6 @@ class Timeline:
 
 def timeline(schedule: Schedule, costs: Costs, *, steps: int = 6) -> Timeline:
     """Time a schedule from a cold start to a last step that has no successor; messages cost only their latency.
-
-    The period is the mean over the second half of the steps, without the last, of the slowest rank.
 
     Args:
         schedule: what to time; must be valid.
@@ -288,59 +292,34 @@ def timeline(schedule: Schedule, costs: Costs, *, steps: int = 6) -> Timeline:
         raise ValueError(f"steps is {steps}: give at least 4, of which the first and the last are not steady")
     if len(costs.t) != schedule.stages:
         raise ValueError(f"costs are for {len(costs.t)} stages, not {schedule.stages}: give one entry per stage")
-    programs = [_fixed_order(row, steps) for row in schedule.ranks]
-    arrivals: list[dict[tuple[Kind, int, int], float]] = [{} for _ in programs]
-    free = [0.0] * schedule.stages
-    spans: list[list[Span]] = [[] for _ in programs]
-    ends: list[list[float]] = [[] for _ in programs]
-    moved = True
-    while moved:
-        moved = False
-        for rank, program in enumerate(programs):
-            for step, action, closes in program[len(spans[rank]) :]:
-                message = (_edge(action.kind), step + action.ahead, action.microbatch)
-                sender, receiver = peers(action.kind, rank, schedule.stages)
-                start = max(free[rank], 0.0 if sender is None else arrivals[rank].get(message, math.inf))
-                if start == math.inf:
-                    break
-                end = start + costs.seconds(action.kind, rank)
-                spans[rank].append(Span(action, message[1], start, end))
-                free[rank] = end + closes * costs.optimizer
-                ends[rank] += [free[rank]] * closes
-                moved = True
-                if receiver is not None:
-                    arrivals[receiver][message] = end + costs.message
-    for rank, program in enumerate(programs):
-        if len(spans[rank]) < len(program):
-            step, action, _ = program[len(spans[rank])]
+    times = clock(schedule, costs, steps=steps)
+    programs = [[(step, a) for step, order in enumerate(orders) for a in order] for orders in times.orders]
+    for rank, (program, starts) in enumerate(zip(programs, times.starts, strict=True)):
+        if len(starts) < len(program):
+            step, action = program[len(starts)]
             raise ReplayError(schedule, rank, step, Op("run", action), "its message never comes: deadlock")
-    low, high = (steps - 1) // 2, steps - 2
-    period = max((rank_ends[high] - rank_ends[low]) / (high - low) for rank_ends in ends)
+    spans = tuple(
+        tuple(
+            Span(action, step + action.ahead, start, start + costs.seconds(action.kind, rank))
+            for (step, action), start in zip(program, times.starts[rank], strict=True)
+        )
+        for rank, program in enumerate(programs)
+    )
     work = [costs.work(stage, schedule.microbatches) for stage in range(schedule.stages)]
     return Timeline(
-        spans=tuple(map(tuple, spans)),
-        step_ends=tuple(map(tuple, ends)),
-        period=period,
-        utilization=sum(work) / len(work) / period if period else 1.0,
+        spans=spans,
+        step_ends=tuple(map(tuple, times.step_ends)),
+        period=times.period,
+        utilization=sum(work) / len(work) / times.period if times.period else 1.0,
         lower_bound=max(work),
-        in_flight=tuple(_most_in_flight(span.action for span in row) for row in spans),
+        in_flight=tuple(_most(row, "BI") for row in spans),
+        held=tuple(_most(row, "BW") for row in spans),
     )
 
 
-def _fixed_order(row: Sequence[Action], steps: int) -> list[tuple[int, Action, bool]]:
-    """What a rank runs over some steps: (step, action, whether the optimizer step follows)."""
-    closing = [action for action in row if action.kind in "BIW"][-1]
-    orders = [step_order(row, 0), *[tuple(row)] * (steps - 1)]
-    return [
-        (step, action, action == closing)
-        for step, order in enumerate(orders)
-        for action in order
-        if step + action.ahead < steps
-    ]
-
-
-def _most_in_flight(actions: Iterable[Action]) -> int:
-    changes = ({"F": 1, "B": -1, "I": -1}.get(action.kind, 0) for action in actions)
+def _most(row: Iterable[Span], ends: str) -> int:
+    """The most microbatches between their F and the end of their backward."""
+    changes = ((span.action.kind == "F") - (span.action.kind in ends) for span in row)
     return max(accumulate(changes), default=0)
 
 

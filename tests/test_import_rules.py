@@ -18,27 +18,16 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 # From bottom to top: a module imports only from modules that stand before it here.
 ORDER = (
     # stdlib only
-    *("errors", "topology", "schedule", "simulate"),
+    *("errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders"),
     # what a network and its schedule are
     *("tree", "batchnorm", "partition", "teacher", "plan"),
     # one rank at work
     *("stage", "data", "board", "comm", "replicas", "logrelay", "checkpoint", "runtime"),
     # what meets Lightning
-    *(
-        "_lightning",
-        "whole",
-        "module",
-        "processes",
-        "feed",
-        "training",
-        "fitting",
-        "refuse",
-        "strategy",
-        "cli",
-        "__init__",
-    ),
+    *("_lightning", "whole", "module", "processes", "feed", "training", "fitting", "refuse", "strategy", "cli"),
+    "__init__",
 )
-STDLIB_ONLY = {"errors", "topology", "schedule", "simulate"}
+STDLIB_ONLY = {"errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders"}
 KNOW_LIGHTNING = {"_lightning", "module", "processes", "training", "fitting", "refuse", "strategy", "cli", "__init__"}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 

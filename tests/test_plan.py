@@ -9,10 +9,11 @@ import pytest
 from torch import nn
 
 from lightning_tspipe import plan
+from lightning_tspipe.orders import Found, make_schedule
 from lightning_tspipe.partition import partition
-from lightning_tspipe.plan import Planner, estimate_costs
-from lightning_tspipe.schedule import Costs, Schedule, make_schedule
-from lightning_tspipe.simulate import ReplayError
+from lightning_tspipe.plan import Planner, estimate_costs, most_in_memory
+from lightning_tspipe.schedule import Costs, validate
+from lightning_tspipe.simulate import ReplayError, replay, timeline
 
 
 def network(*widths: int) -> nn.Sequential:
@@ -45,11 +46,74 @@ def test_it_plans_each_number_of_microbatches_once() -> None:
 
 @pytest.mark.parametrize("post_ahead", [0, 2, 24])
 def test_a_schedule_that_would_hang_is_found_before_it_runs(monkeypatch: pytest.MonkeyPatch, post_ahead: int) -> None:
-    def reversed_forwards(*args: object, **kwargs: object) -> Schedule:
+    def reversed_forwards(*args: object, **kwargs: object) -> Found:
         made = make_schedule(2, 3, lookahead=False)
         row = made.ranks[1]
-        return replace(made, ranks=(made.ranks[0], (*row[3:6][::-1], *row[:3], *row[6:])))
+        crossed = replace(made, ranks=(made.ranks[0], (*row[3:6][::-1], *row[:3], *row[6:])))
+        return Found(crossed, "afab", 1.0, 1.0, 1)
 
-    monkeypatch.setattr(plan, "make_schedule", reversed_forwards)
+    monkeypatch.setattr(plan, "find_schedule", reversed_forwards)
     with pytest.raises(ReplayError, match="rank 1"):
         Planner(Costs.uniform(2), lookahead=True, loss_over="batch", post_ahead=post_ahead).schedule(3)
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_the_backward_is_split_only_if_that_is_allowed(lookahead: bool) -> None:
+    for loss_over in ("batch", "microbatch"):
+        whole = Planner(Costs.uniform(4), lookahead, loss_over)  # type: ignore[arg-type]
+        assert whole.microbatches == (9 if lookahead else 8)
+        assert {action.kind for row in whole.schedule(7).ranks for action in row} == {"T", "F", "B"}
+    split = Planner(Costs.uniform(4), lookahead, "microbatch", split_backward=True)
+    assert split.microbatches == (4 if lookahead else 7)
+    found = split.find(7)
+    assert {action.kind for row in found.schedule.ranks for action in row} == {"T", "F", "I", "W"}
+    assert found.order == "zb"
+    assert found.period == found.bound
+
+
+def test_where_lookahead_is_enough_the_simple_order_is_kept() -> None:
+    for loss_over in ("batch", "microbatch"):
+        for split in (False, True):
+            planner = Planner(Costs.uniform(3), True, loss_over, split_backward=split)  # type: ignore[arg-type]
+            assert planner.find(7).order == "afab"
+
+
+def test_receives_are_posted_early_enough_for_the_schedule() -> None:
+    bound = (4, 3, 2, 1)
+    planner = Planner(Costs.uniform(4), True, "microbatch", max_in_flight=bound)
+    assert planner.post_ahead == 2
+    schedule = planner.schedule(12)
+    assert planner.post_ahead > 2
+    replay(schedule, post_ahead=planner.post_ahead)
+    with pytest.raises(ReplayError):
+        replay(schedule, post_ahead=2)
+    validate(schedule, max_in_flight=bound)
+
+
+def test_clipping_makes_ranks_wait_and_the_teacher_fills_that() -> None:
+    costs = Costs.uniform(4, message=0.01)
+    planner = Planner(costs, True, "batch", clipping=True)
+    assert planner.costs == replace(costs, exchange=0.06)
+    found = planner.find(12)
+    assert found.period / found.bound < 1.02
+    # without teacher work behind the last backward, the ranks wait for rank 0 there
+    blind = make_schedule(4, 12, costs)
+    assert timeline(blind, planner.costs).period > 1.08 * found.period
+
+
+def test_what_fits_in_memory() -> None:
+    assert most_in_memory((100, 250), (25, 100)) == (4, 2)
+    assert most_in_memory((100, 250), (25, 0))[1] > 1e9
+    with pytest.raises(ValueError, match=r"A microbatch takes 101 bytes on rank 0, more than the 100 that it may: cut"):
+        most_in_memory((100, 250), (101, 100))
+
+
+def test_the_fewest_microbatches_that_are_as_good_as_more() -> None:
+    assert Planner(Costs.uniform(4), True, "batch").best_microbatches(32) == 9
+    assert Planner(Costs.uniform(4), True, "batch").best_microbatches(5) == 5
+    # 3 teacher forwards of 3 hops each cannot fill 3 hops of 3 different lengths
+    coarse = Planner(Costs.uniform(4, t=2.9), True, "batch")
+    assert coarse.microbatches == 4
+    assert 4 < coarse.best_microbatches(32) <= 8
+    # no M suffices: more is always better
+    assert Planner(Costs.uniform(4), False, "batch").best_microbatches(32) == 16

@@ -1,4 +1,4 @@
-"""Actions, text forms, lowering, validation and the orders, as literal tables."""
+"""Actions, text forms, lowering and validation, as literal tables."""
 
 from dataclasses import FrozenInstanceError, replace
 
@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_tspipe.orders import make_schedule
 from lightning_tspipe.schedule import (
     Action,
     Costs,
@@ -13,8 +14,6 @@ from lightning_tspipe.schedule import (
     Schedule,
     ScheduleError,
     lower,
-    make_schedule,
-    minimal_microbatches,
     peers,
     step_order,
     validate,
@@ -88,60 +87,7 @@ def test_actions_are_immutable_and_ordered() -> None:
     assert sorted(row("T0' W0 T1 F0 T0")) == list(row("F0 T0 T0' T1 W0"))
 
 
-# --- orders as tables
-
-
-@pytest.mark.parametrize(
-    ("stages", "microbatches", "table"),
-    [
-        (1, 1, ["T0 F0 B0"]),
-        (1, 2, ["T0 T1 F0 F1 B0 B1"]),
-        (2, 1, ["F0 T0' B0", "T0 F0 B0"]),
-        (2, 2, ["F0 F1 T0' T1' B0 B1", "T0 T1 F0 F1 B0 B1"]),
-        (2, 3, ["F0 F1 F2 T0' T1' T2' B0 B1 B2", "T0 T1 T2 F0 F1 F2 B0 B1 B2"]),
-        (
-            3,
-            3,
-            [
-                "F0 F1 F2 T0' T1' T2' B0 B1 B2",
-                "T0 T1 T2 F0 F1 F2 B0 B1 B2",
-                "T0 T1 T2 F0 F1 F2 B0 B1 B2",
-            ],
-        ),
-        (
-            3,
-            6,
-            [
-                "F0 F1 F2 F3 F4 F5 T0' T1' T2' T3' T4' T5' B0 B1 B2 B3 B4 B5",
-                "T3 T4 T5 F0 F1 F2 F3 F4 F5 T0' T1' T2' B0 B1 B2 B3 B4 B5",
-                "T0 T1 T2 T3 T4 T5 F0 F1 F2 F3 F4 F5 B0 B1 B2 B3 B4 B5",
-            ],
-        ),
-    ],
-)
-def test_all_forward_all_backward_table(stages: int, microbatches: int, table: list[str]) -> None:
-    for order in ("auto", "afab"):
-        schedule = make_schedule(stages, microbatches, order=order)
-        assert lines(schedule) == table
-        validate(schedule)
-
-
-def test_the_split_of_the_teacher_is_a_staircase() -> None:
-    """One more than the (P-1-k)(f+b+w)/t that the hole needs, where there are enough: neighbours are decoupled."""
-    assert make_schedule(4, 12).ahead == (12, 8, 4, 0)
-    assert make_schedule(4, 9).ahead == (9, 6, 3, 0)
-
-
-def test_without_lookahead_everything_is_done_within_the_step() -> None:
-    for loss_over in ("batch", "microbatch"):
-        schedule = make_schedule(2, 2, lookahead=False, loss_over=loss_over)  # type: ignore[arg-type]
-        assert lines(schedule) == ["T0 T1 F0 F1 B0 B1"] * 2
-        assert schedule.loss_over == loss_over
-
-
-def test_a_teacher_that_costs_nothing_is_scheduled_too() -> None:
-    for costs in (Costs.uniform(3, t=0), Costs.uniform(3, 0, 0, 0, 0)):
-        validate(make_schedule(3, 4, costs))
+# --- text
 
 
 def test_schedule_text_round_trips() -> None:
@@ -211,6 +157,15 @@ def test_step_order_refuses_a_negative_count() -> None:
         ("T0 F0 B0", 1, 2, 1, "recv T0|recv F0|T0|F0|B0|send B0"),
         ("F0 F1 B0 B1", 1, 3, 1, "recv F0|recv F1|F0|send F0|recv B0|F1|send F1|recv B1|B0|send B0|B1|send B1"),
         ("F0 F1 F2 T0' B0", 2, 3, 9, "recv F0|recv F1|recv F2|F0|recv T0'|F1|F2|T0'|B0|send B0"),
+        (
+            "T1 F0 F1 T0' T1' B0 B1",
+            1,
+            3,
+            9,
+            "recv T1|recv F0|recv F1|recv B0|recv B1|T1|send T1|recv T0'|F0|send F0|recv T1'"
+            "|F1|send F1|T0'|send T0'|T1'|send T1'|B0|send B0|B1|send B1",
+        ),
+        ("T0' T1' F0", 1, 2, 9, "recv T0'|recv T1'|recv F0|T0'|T1'|F0"),
         ("F0 I0 W0", 1, 3, 0, "recv F0|F0|send F0|recv I0|I0|send I0|W0"),
         ("F0 I0 W0", 2, 3, 2, "recv F0|F0|I0|send I0|W0"),
         ("", 0, 2, 2, ""),
@@ -244,7 +199,10 @@ def test_lowering_posts_in_the_order_of_use(
     assert len(posted) == len(used)
     for action in posted:
         between = ops[ops.index(Op("recv", action)) : ops.index(Op("run", action))]
-        assert sum(op.verb == "run" for op in between) <= (min(post_ahead, 2) if action.ahead else post_ahead)
+        runs = [op.action for op in between if op.verb == "run"]
+        assert len(runs) <= post_ahead
+        if action.ahead and len(runs) > 2:  # the next batch is announced by the first student forward at the latest
+            assert Action("F", 0) in schedule.ranks[stage][: schedule.ranks[stage].index(runs[0])]
 
 
 # --- validation
@@ -337,6 +295,16 @@ def test_the_bound_on_activations() -> None:
         validate(make_schedule(2, 3), max_in_flight=(3, 2))
 
 
+def test_the_bound_on_what_is_held_counts_pending_weights() -> None:
+    split = Schedule.parse("""
+        stages=1 microbatches=3 loss_over=microbatch
+        rank 0: T0 T1 T2 F0 I0 F1 I1 W0 F2 W1 I2 W2
+    """)
+    validate(split, max_in_flight=(1,), max_held=(2,))
+    with pytest.raises(ScheduleError, match=r"rank 0, cell 5 \(F1\): 2 student microbatches held, bound 1"):
+        validate(split, max_in_flight=(1,), max_held=(1,))
+
+
 @pytest.mark.parametrize("kind", ["drop", "duplicate", "swap within a kind", "swap F and B", "swap rows"])
 @given(st.integers(2, 4), st.integers(2, 6), st.data())
 @settings(max_examples=30, deadline=None)
@@ -364,30 +332,6 @@ def test_mutations_are_caught(kind: str, stages: int, microbatches: int, data: s
         validate(broken)
 
 
-# --- how many microbatches
-
-
-@pytest.mark.parametrize(
-    ("stages", "costs", "lookahead", "expected"),
-    [
-        (1, Costs.uniform(1), True, 1),
-        (1, Costs.uniform(1), False, 1),
-        (2, Costs.uniform(2), True, 3),
-        (4, Costs.uniform(4), True, 9),
-        (8, Costs.uniform(8), True, 21),
-        (8, Costs.uniform(8, t=0.1, f=0.1, b=0.1, w=0.1), True, 21),
-        (8, Costs.uniform(8, message=0.5), True, 28),
-        (8, Costs.uniform(8, t=3), True, 8),
-        (4, Costs.uniform(4, t=3), True, 4),
-        (8, Costs.uniform(8), False, 16),
-        (8, Costs.uniform(8, t=0), True, 16),
-        (2, Costs(t=(1, 2), f=(3, 1), b=(1, 4)), True, 4),
-    ],
-)
-def test_minimal_microbatches_table(stages: int, costs: Costs, lookahead: bool, expected: int) -> None:
-    assert minimal_microbatches(stages, costs, lookahead=lookahead) == expected
-
-
 # --- costs
 
 
@@ -402,13 +346,6 @@ def test_costs_of_actions() -> None:
 # --- bad arguments
 
 BAD_ARGUMENTS = [
-    (lambda: make_schedule(0, 1), "stages is 0: give at least 1"),
-    (lambda: make_schedule(1, 0), "microbatches is 0: give at least 1"),
-    (lambda: make_schedule(2, 2, order="1f1b"), "order is '1f1b': choose from auto, afab"),
-    (lambda: make_schedule(2, 2, loss_over="epoch"), "loss_over is 'epoch': choose from batch, microbatch"),  # type: ignore[arg-type]
-    (lambda: make_schedule(2, 2, Costs.uniform(3)), "costs are for 3 stages, not 2: give one entry per stage"),
-    (lambda: minimal_microbatches(0, Costs.uniform(1)), "stages is 0: give at least 1"),
-    (lambda: minimal_microbatches(2, Costs.uniform(1)), "costs are for 1 stages, not 2"),
     (lambda: Costs.uniform(0), "stages is 0: give at least 1"),
     (lambda: Costs((), (), ()), "costs need one entry per stage"),
     (lambda: Costs((1, 1), (1, 1), (1,)), "costs need one entry per stage, not {'t': 2, 'f': 2, 'b': 1, 'w': 1}"),
@@ -422,6 +359,8 @@ BAD_ARGUMENTS = [
     (lambda: validate(Schedule(1, 0, "batch", ((),))), "microbatches is 0: give at least 1"),
     (lambda: validate(Schedule(2, 1, "batch", ((),))), "ranks has 1 entries for 2 stages: give one per stage"),
     (lambda: validate(make_schedule(2, 2), max_in_flight=(2,)), "max_in_flight has 1 entries for 2 stages"),
+    (lambda: validate(make_schedule(2, 2), max_held=(2,)), "max_held has 1 entries for 2 stages"),
+    (lambda: Costs((1,), (1,), (1,), exchange=-1), "costs.exchange is -1: give finite seconds"),
 ]
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_tspipe import simulate
-from lightning_tspipe.schedule import Action, Costs, Op, Schedule, ScheduleError, lower, make_schedule, validate
+from lightning_tspipe.orders import make_schedule
+from lightning_tspipe.schedule import Action, Costs, Op, Schedule, ScheduleError, lower, validate
 from lightning_tspipe.simulate import Replay, ReplayError, draw, replay, timeline
 from tests.test_schedule import HAND_WRITTEN
 
@@ -97,7 +98,7 @@ def test_every_made_schedule_replays(
     data: st.DataObject,
 ) -> None:
     stages, microbatches, costs = problem
-    schedule = make_schedule(stages, microbatches, costs, lookahead=lookahead, loss_over=loss_over)  # type: ignore[arg-type]
+    schedule = make_schedule(stages, microbatches, costs, lookahead=lookahead, loss_over=loss_over, order="afab")  # type: ignore[arg-type]
     done = sorted(data.draw(st.lists(st.integers(0, microbatches), min_size=stages, max_size=stages)), reverse=True)
     found = replay(
         schedule,

@@ -1,0 +1,358 @@
+"""The orders, and the search for the fastest one under a memory bound.
+
+A step of rank 0 of 2, and the most student microbatches in flight at stage k of P::
+
+    afab        F0 F1 F2 T0' T1' T2' B0 B1 B2             M
+    afab-split  F0 F1 F2 T2 T0' T1' I0 I1 I2 W0 W1 W2     M
+    1f1b        F0 F1 F2 T0' B0 T1' B1 T2' B2             P-k to 2(P-k)-1, or what the bound of "auto" allows
+    zb          T0 F0 T1 F1 I0 T2 F2 I1 W0 W1 I2 W2       as 1f1b
+
+Those that begin with afab serve any loss; the other two need a loss per microbatch. With the backward split into I and
+W an exact teacher (no lookahead) needs no bubbles either. Rows of all orders but afab come from `greedy.greedy_rows`;
+the search is for how far the teacher runs ahead (s_k), how many microbatches are in flight, and who gives way to whom.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from lightning_tspipe.ahead import afab_ahead, slower_messages, staircases, vary
+from lightning_tspipe.clock import clock
+from lightning_tspipe.greedy import Policy, Rows, greedy_rows
+from lightning_tspipe.schedule import (
+    Action,
+    Costs,
+    Kind,
+    LossOver,
+    Schedule,
+    ScheduleError,
+    check_scalars,
+    require,
+    validate,
+)
+
+ORDERS = ("auto", "afab", "1f1b", "afab-split", "zb")
+BUDGET = 16_000  # stages x microbatches x simulations in a search: less than a second
+FEWEST = 16  # simulations, for a large problem
+NEAR = 1.0025  # a step that is this near to its bound is as good as any
+MOST = 200  # simulations, for a small problem
+
+Score = tuple[bool, float, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found.
+
+    Args:
+        schedule: the fastest one.
+        order: its name, never "auto".
+        period: seconds of a steady step.
+        bound: seconds that no schedule beats.
+        evaluations: how many orders were simulated.
+    """
+
+    schedule: Schedule
+    order: str
+    period: float
+    bound: float
+    evaluations: int
+
+
+def minimal_microbatches(
+    stages: int, costs: Costs, *, lookahead: bool = True, split: bool = False, loss_over: LossOver = "batch"
+) -> int:
+    """The smallest M at which the work that may be moved can fill the bubble of the student's pipeline.
+
+    Necessary, with each cost the largest over the stages, and with 2 messages more per hop::
+
+        delayed or frozen teacher, full backward                    M t       >= (P-1)(f + b + w)
+        the same, split backward, loss over the batch               M t       >= (P-1)(f + b)
+        the same, split backward, loss per microbatch               M (t + w) >= (P-1)(f + b) + w
+        exact teacher (no lookahead), split, loss per microbatch    M w       >= (P-1)(min(t, f) + b) + w
+
+    At least `stages`, and 1 for one stage. Where nothing may fill it, or what may costs nothing, no M suffices: 2 P
+    is a compromise there (for unit costs the bubble is then less than a third of the step).
+    """
+    check_scalars(stages, 1, loss_over, costs)
+    if stages == 1:
+        return 1
+    t, f, b, w = (max(column) for column in (costs.t, costs.f, costs.b, costs.w))
+    lean = split and loss_over == "microbatch"
+    hops = (f if lookahead else min(t, f)) + 2 * costs.message
+    hops += b if split else max(costs.seconds("B", k) for k in range(stages))
+    filling = (t + w * lean) if lookahead else w * lean
+    if not filling:
+        return 2 * stages
+    return max(stages, math.ceil(((stages - 1) * hops + w * lean) / filling - 1e-9))
+
+
+def make_schedule(
+    stages: int,
+    microbatches: int,
+    costs: Costs | None = None,
+    *,
+    lookahead: bool = True,
+    loss_over: LossOver = "batch",
+    order: str = "auto",
+    split_backward: bool = False,
+    max_in_flight: Sequence[int] | None = None,
+    max_held: Sequence[int] | None = None,
+) -> Schedule:
+    """The fastest schedule that `find_schedule` finds; arguments and errors are the same."""
+    return find_schedule(
+        stages,
+        microbatches,
+        costs,
+        lookahead=lookahead,
+        loss_over=loss_over,
+        order=order,
+        split_backward=split_backward,
+        max_in_flight=max_in_flight,
+        max_held=max_held,
+    ).schedule
+
+
+def find_schedule(
+    stages: int,
+    microbatches: int,
+    costs: Costs | None = None,
+    *,
+    lookahead: bool = True,
+    loss_over: LossOver = "batch",
+    order: str = "auto",
+    split_backward: bool = False,
+    max_in_flight: Sequence[int] | None = None,
+    max_held: Sequence[int] | None = None,
+) -> Found:
+    """Search the schedule with the shortest step.
+
+    It minimises the step time as given plus that with messages slower by 2 % of an action (so that ranks do not wait
+    for each other's every jitter), and among equals prefers the simpler order and the fewest teacher forwards ahead
+    (less memory). It is never slower than the plain orders: the teacher before the student, or each of its forwards
+    right before the student's (as if one stage held both), all forwards first or 1F1B.
+
+    Args:
+        stages: P, at least 1.
+        microbatches: M, view-microbatches per batch, at least 1.
+        costs: seconds per action; None means t = f = b = w.
+        lookahead: False keeps the teacher within its own step (delay 0 of a momentum teacher).
+        loss_over: "batch" if the loss needs all outputs of the batch at once, else "microbatch".
+        order: one of `ORDERS`; "auto" is the fastest of those that the other arguments allow.
+        split_backward: whether "auto" may split the backward into I and W.
+        max_in_flight, max_held: as in `schedule.validate`; None: no bound for "auto".
+
+    Raises:
+        ValueError: a bad argument, or nothing that keeps the bounds.
+    """
+    require(order in ORDERS, f"order is {order!r}: choose from {', '.join(ORDERS)}")
+    check_scalars(stages, microbatches, loss_over, costs)
+    costs = costs or Costs.uniform(stages)
+    for name, bound in (("max_in_flight", max_in_flight), ("max_held", max_held)):
+        fits = bound is None or (len(bound) == stages and min(bound) >= 1)
+        require(fits, f"{name} is {bound}: give at least 1 for each of the {stages} stages")
+    names = [name for name in ORDERS[1:] if split_backward or name in ("afab", "1f1b")] if order == "auto" else [order]
+    lean = [name for name in names if not name.startswith("afab")]
+    if loss_over == "batch":
+        require(names != lean, f'order "{order}" needs a loss per microbatch: set loss_over="microbatch", or take afab')
+        names = [name for name in names if name not in lean]
+    search = _Search(microbatches, costs, lookahead, loss_over, order == "auto", max_in_flight, max_held)
+    if any(min(limit) < microbatches for limit in (search.in_flight, search.held)):
+        names = [name for name in names if name in lean]
+        hint = "allow more, or take fewer microbatches" + ', or set loss_over="microbatch"' * (loss_over == "batch")
+        require(bool(names), f"all {microbatches} microbatches are in flight at once, which the bound forbids: {hint}")
+    return search.run(names)
+
+
+@dataclass(slots=True)
+class _Candidate:
+    name: str
+    rows: Rows
+    ahead: tuple[int, ...]
+    score: Score
+    period: float
+    policy: Policy | None = None
+
+
+@dataclass
+class _Search:
+    """One search: what is asked for, and the best that was found."""
+
+    microbatches: int
+    costs: Costs
+    lookahead: bool
+    loss_over: LossOver
+    auto: bool
+    max_in_flight: Sequence[int] | None
+    max_held: Sequence[int] | None
+    evaluations: int = 0
+    limit: float = math.inf
+    best: _Candidate | None = None
+    seen: dict[tuple[str, Policy], Score] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.stages = len(self.costs.t)
+        unbounded = (self.microbatches,) * self.stages
+        self.in_flight, self.held = (
+            unbounded if bound is None else tuple(min(self.microbatches, most) for most in bound)
+            for bound in (self.max_in_flight, self.max_held)
+        )
+        self.bound = max(self.costs.work(k, self.microbatches) for k in range(self.stages))
+        self.slower = slower_messages(self.costs)
+        self.budget = min(MOST, max(FEWEST, BUDGET // (self.stages * self.microbatches)))
+
+    def run(self, names: Sequence[str]) -> Found:
+        self.plain(names)
+        if "afab" in names:
+            self.all_forward_first(150 if len(names) == 1 else 75)
+        if not self.enough:
+            waits = self.costs.exchange is not None  # then the teacher can fill what lies behind the last backward, too
+            self.greedy([name for name in names if name != "afab" or waits])
+        if self.best is None:
+            raise ValueError("nothing keeps the bounds: allow more microbatches in flight or held")
+        schedule = self.schedule(self.best.rows)
+        validate(schedule, max_in_flight=self.in_flight, max_held=self.held)
+        return Found(schedule, self.best.name, self.best.period, self.bound, self.evaluations)
+
+    @property
+    def enough(self) -> bool:
+        """Whether nothing much better can be found; where only jitter is left, a part of the budget is spent on it."""
+        if self.best is None or self.best.score[0] or self.best.period > self.bound * NEAR:
+            return False
+        return self.best.score[1] <= 2 * self.bound * NEAR or self.evaluations >= self.budget // 4
+
+    def schedule(self, rows: Rows) -> Schedule:
+        return Schedule(self.stages, self.microbatches, self.loss_over, rows)
+
+    def offer(self, name: str, rows: Rows, policy: Policy | None = None) -> Score:
+        """Time the rows, and keep them if they are the best."""
+        self.evaluations += 1
+        schedule = self.schedule(rows)
+        period = clock(schedule, self.costs).period
+        worse = period > self.limit * (1 + 1e-9)
+        if self.best is not None and (worse, 2 * period) > self.best.score[:2]:  # slower messages make it no better
+            return worse, 2 * period, 0, 0
+        both = period + clock(schedule, self.slower).period
+        score = worse, float(f"{both:.9g}"), ORDERS.index(name), sum(schedule.ahead)
+        if self.best is None or score < self.best.score:
+            self.best = _Candidate(name, rows, schedule.ahead, score, period, policy)
+        return score
+
+    def plain(self, names: Sequence[str]) -> None:
+        """The orders without a search, which set the limit for all others."""
+        found = []
+        for name in names:
+            for rows in plain_rows(name, self.stages, self.microbatches):
+                schedule = self.schedule(rows)
+                try:
+                    validate(schedule, max_in_flight=self.in_flight, max_held=self.held)
+                except ScheduleError:
+                    continue
+                found.append((name, rows))
+                self.limit = min(self.limit, clock(schedule, self.costs).period)
+        for name, rows in found:
+            self.offer(name, rows)
+
+    def all_forward_first(self, budget: int) -> None:
+        """All forwards, then all backwards; the teacher in one block before each."""
+        count = self.microbatches
+        ahead, evaluations = afab_ahead(count, self.costs, budget) if self.lookahead else ((0,) * self.stages, 0)
+        self.evaluations += evaluations
+        own, forward, backward = ([Action(kind, q) for q in range(count)] for kind in KINDS)
+        self.offer(
+            "afab", tuple((*own[s:], *forward, *(replace(a, ahead=True) for a in own[:s]), *backward) for s in ahead)
+        )
+
+    def greedy(self, names: Sequence[str]) -> None:
+        """Simulate policies, the most promising of every order first, then vary the best one."""
+        before = self.evaluations
+        tries = [self.policies(name) for name in names]
+        for name, policy in (pair for row in itertools.zip_longest(*tries) for pair in row if pair is not None):
+            self.evaluate(name, policy)
+            if self.enough or self.evaluations - before >= self.budget * 2 // 3:
+                break
+        best = self.best
+        if best is None or best.policy is None or self.enough:
+            return
+        name, policy = best.name, best.policy
+        for patience in (0.5, 1.0):
+            self.evaluate(name, replace(policy, patience=patience))
+        assert self.best is not None
+        policy = self.best.policy or policy
+        if self.lookahead:
+            vary(
+                policy.ahead,
+                self.microbatches,
+                lambda ahead: self.evaluate(name, replace(policy, ahead=ahead)),
+                lambda: self.enough or self.evaluations - before >= self.budget,
+                last=0 if policy.ahead[-1] == 0 else None,
+            )
+
+    def evaluate(self, name: str, policy: Policy) -> Score:
+        if (known := self.seen.get((name, policy))) is not None:
+            return known
+        rows = greedy_rows(policy, self.microbatches, self.costs)
+        if rows is None:
+            self.evaluations += 1
+            score: Score = (True, math.inf, 0, 0)
+        else:
+            score = self.offer(name, rows, policy)
+        self.seen[name, policy] = score
+        return score
+
+    def policies(self, name: str) -> Iterator[tuple[str, Policy]]:
+        """The policies of an order to try, the most promising first."""
+        stages, count, free = self.stages, self.microbatches, self.in_flight
+        whole, split = name.startswith("afab"), name in ("afab-split", "zb")
+        single, middle, double = (
+            tuple(min(most, math.ceil(wide * (stages - k) - wide + 1)) for k, most in enumerate(free))
+            for wide in (1, 1.5, 2)
+        )
+        any_number = [free] if self.auto or self.max_in_flight is not None else []
+        limits = [free] if whole else unique([double, *any_number, single, middle])
+        base = Policy((0,) * stages, free, self.held, split, whole)
+        leads: tuple[int | None, ...] = (1, 0, None, stages)
+        if self.lookahead:
+            leads = (1, None) if split else ()  # with a full backward nothing but lookahead fills the bubbles
+        for patience, lead, limit in itertools.product((0.0,) if self.lookahead else (0.0, 0.5, 1.0), leads, limits):
+            yield name, replace(base, in_flight=limit, lead=lead, patience=patience)
+        if self.lookahead:
+            for ahead, limit in itertools.product(
+                unique([*staircases(count, self.costs, split=split), (count,) * stages]), limits
+            ):
+                yield name, replace(base, in_flight=limit, ahead=ahead)
+
+
+KINDS: tuple[Kind, Kind, Kind] = ("T", "F", "B")
+
+
+def unique(items: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The items without repetitions, in their order."""
+    return list(dict.fromkeys(items))
+
+
+def plain_rows(name: str, stages: int, microbatches: int) -> list[Rows]:
+    """Orders without lookahead: each teacher forward right before the student's, and for afab also all before all."""
+    every = range(microbatches)
+    both = [(Action("T", q), Action("F", q)) for q in every]
+    if name == "afab":
+        own, forward, backward = ([Action(kind, q) for q in every] for kind in KINDS)
+        return [((*own, *forward, *backward),) * stages, ((*itertools.chain(*both), *backward),) * stages]
+    inputs, weights = [Action("I", q) for q in every], [Action("W", q) for q in every]
+    if name == "afab-split":
+        return [((*itertools.chain(*both), *inputs, *weights),) * stages]
+    rows = []
+    for k in range(stages):
+        warm = min(microbatches, stages - k)
+        row = list(itertools.chain(*both[:warm]))
+        for q in every:
+            if name == "1f1b":
+                row.append(Action("B", q))
+            else:  # ZB1P: as many weights are pending as keep the memory of 1F1B
+                row += [inputs[q], *weights[q - k : q - k + 1 if q >= k else 0]]
+            row += both[warm + q] if warm + q < microbatches else ()
+        rows.append((*row, *(weights[max(0, microbatches - k) :] if name == "zb" else ())))
+    return [tuple(rows)]
