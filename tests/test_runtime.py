@@ -101,13 +101,13 @@ def test_every_rank_follows_its_plan(ran: Ran, stages: int, options: dict[str, A
 
 
 def test_the_order_of_two_epochs_in_full(ran: Ran) -> None:
-    """The first rank is ahead by two, except at the end of an epoch; the last one never is."""
+    """The first rank is ahead by a whole batch, except at the end of an epoch; the last one never is."""
     ranks = [
         [" ".join(f"{kind}{q}" + "'" * (batch - n) for kind, batch, q in actions) for n, (_, actions) in steps]
         for steps in map(enumerate, steps_of(ran, 2, {}))
     ]
-    row = "F0 F1 F2 T0' T1' B0 B1 B2"
-    assert ranks[0] == [f"T0 T1 T2 {row}", f"T2 {row}", f"T2 {row}", "F0 F1 B0 B1"] * 2
+    row = "F0 F1 F2 T0' T1' T2' B0 B1 B2"
+    assert ranks[0] == [f"T0 T1 T2 {row}", row, row.replace(" T2'", ""), "F0 F1 B0 B1"] * 2
     assert ranks[1] == [*["T0 T1 T2 F0 F1 F2 B0 B1 B2"] * 3, "T0 T1 F0 F1 B0 B1"] * 2
 
 
@@ -243,6 +243,7 @@ def test_plan_costs_and_busy_are_there_during_the_fit_only(tmp_path: Path) -> No
     idle = dict.fromkeys("TFB", 0.0)
     for rank, seen in enumerate(ranks):
         assert len(seen["notes"]) == 8
+        seen["notes"].pop()  # a rank that is ahead by a whole batch has no teacher to run in the last step
         for (_, _, before), (plan, costs, busy) in pairwise([(None, None, idle), *seen["notes"]]):
             assert plan == ranks[0]["notes"][0][0]
             assert (plan.stages, plan.microbatches) == (2, 3)
