@@ -16,6 +16,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
@@ -161,6 +162,32 @@ def first_rank_skips(module: pl.LightningModule, first_says: Callable[[Any], Any
     return lambda: delattr(module, "on_train_batch_start")
 
 
+def clip_by(module: pl.LightningModule, total_norm: Callable[..., Tensor]) -> Callable[[], None]:
+    """Within a user's `configure_gradient_clipping`, torch's `clip_grad_norm_` and `get_total_norm` ask `total_norm`.
+
+    Args:
+        module: the user's.
+        total_norm: gets torch's own function for it, and then that function's arguments.
+
+    Returns:
+        What undoes it.
+    """
+    if not is_overridden("configure_gradient_clipping", module):
+        return lambda: None
+    hook, utils = module.configure_gradient_clipping, torch.nn.utils
+    original = utils.clip_grad._get_total_norm
+
+    def configure_gradient_clipping(*args: Any, **kwargs: Any) -> None:
+        utils.clip_grad._get_total_norm = utils.get_total_norm = partial(total_norm, original)
+        try:
+            hook(*args, **kwargs)
+        finally:
+            utils.clip_grad._get_total_norm = utils.get_total_norm = original
+
+    module.configure_gradient_clipping = configure_gradient_clipping  # type: ignore[method-assign]
+    return lambda: delattr(module, "configure_gradient_clipping")
+
+
 def profiler_span(trainer: pl.Trainer) -> Callable[[str], AbstractContextManager[Any]] | None:
     """What makes a span of the trainer's profiler, None if there is none."""
     profiler = trainer.profiler  # type: ignore[attr-defined]
@@ -284,6 +311,18 @@ def adopt_state(metric: Metric, state: dict[str, Any]) -> None:
     for name, value in state.items():
         setattr(metric, name, value)
     metric._computed = None
+
+
+def rows_drawn(sampler: Any) -> list[Any]:
+    """The numbers of the rows of every batch of this pass, which Lightning notes while predicting; else nothing."""
+    found: list[Any] = getattr(sampler, "seen_batch_indices", [])  # there since the first pass
+    return found if isinstance(sampler, _IndexBatchSamplerWrapper) else []
+
+
+def set_rows_drawn(sampler: Any, rows: list[Any]) -> None:
+    """Let a sampler that does not draw show what rank 0's has drawn, for a `BasePredictionWriter`."""
+    if isinstance(sampler, _IndexBatchSamplerWrapper):
+        sampler.seen_batch_indices = rows
 
 
 class Fetcher:
