@@ -72,7 +72,8 @@ class Fitting:
         if self._comm is None:
             return
         whole = WholeGradient(trainer.precision_plugin, self._comm, *places)
-        self._undo += [whole.close, _lightning.first_rank_skips(self._module, self._comm.first_says)]
+        self._undo += [whole.close, _lightning.clip_by(self._module, whole.total_norm)]
+        self._undo.append(_lightning.first_rank_skips(self._module, self._comm.first_says))
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         sync = MetricSync(self._hooks, self._comm)
         callbacks.insert(0, sync)
