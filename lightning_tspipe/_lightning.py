@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException
 from torch.optim import Optimizer
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_tspipe.errors import PipelineError
 
@@ -288,9 +288,15 @@ def metrics_of(module: pl.LightningModule) -> Iterator[tuple[str, Metric]]:
     return ((name, child) for name, child in module.named_modules() if isinstance(child, Metric))
 
 
-def stop_syncing(metric: Metric) -> None:
-    """No collective in `compute`; `_to_sync` would follow `sync_on_compute` only after a `forward` on this rank."""
-    metric.sync_on_compute = metric._to_sync = False
+def stop_syncing(metric: Metric) -> Callable[[], None]:
+    """No collective in `compute` and `forward`; `_to_sync` would follow them only after a `forward` on this rank.
+
+    Returns:
+        What undoes it.
+    """
+    before = {name: getattr(metric, name) for name in ("sync_on_compute", "dist_sync_on_step", "_to_sync")}
+    metric.sync_on_compute = metric.dist_sync_on_step = metric._to_sync = False
+    return partial(vars(metric).update, before)
 
 
 def cached_value(metric: Metric) -> Tensor | None:
@@ -306,11 +312,25 @@ def set_cached_value(metric: Metric, value: Tensor | None) -> None:
     metric._computed = None
 
 
-def adopt_state(metric: Metric, state: dict[str, Any]) -> None:
-    """Let a metric hold the state that another rank's has."""
+def logs_graph(trainer: pl.Trainer) -> bool:
+    """Whether a logger runs the model by itself, on rank 0 alone, to draw it."""
+    return any(getattr(logger, "_log_graph", False) for logger in trainer.loggers)
+
+
+def states_of(module: pl.LightningModule) -> dict[str, tuple[dict[str, Any], int]]:
+    """State and number of updates of every torchmetrics object that has been updated, by attribute name."""
+    for child in module.modules():
+        if isinstance(child, MetricCollection):
+            child.values(copy_state=False)  # those that share a state refer to it again
+    return {name: (metric.metric_state, metric._update_count) for name, metric in metrics_of(module)
+            if metric._update_count}  # fmt: skip
+
+
+def adopt_state(metric: Metric, state: dict[str, Any], updates: int) -> None:
+    """Let a metric hold the state that another rank's has after so many updates."""
     for name, value in state.items():
         setattr(metric, name, value)
-    metric._computed = None
+    metric._update_count, metric._computed = updates, None
 
 
 def rows_drawn(sampler: Any) -> list[Any]:

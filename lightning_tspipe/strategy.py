@@ -173,7 +173,7 @@ class TSPipeStrategy(ProcessStrategy):
         if self._comm is None:
             return
         for _, metric in _lightning.metrics_of(module):
-            _lightning.stop_syncing(metric)
+            self._undo.append(_lightning.stop_syncing(metric))
         networks: tuple[Network, ...] = ("student", "teacher")
         for name in networks:
             network = getattr(module, name)

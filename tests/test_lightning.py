@@ -163,7 +163,7 @@ def test_metric_states() -> None:
     assert _lightning.cached_value(there) == 3.0
     _lightning.set_cached_value(here, _lightning.cached_value(there))
     assert _lightning.cached_value(here) == 3.0
-    _lightning.adopt_state(here, there.metric_state)
+    _lightning.adopt_state(here, there.metric_state, 1)
     assert here.compute() == 3.0
 
 

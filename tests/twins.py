@@ -43,7 +43,7 @@ def run(rank: int, out: Path, module: str, stages: int, microbatches: int) -> No
     """One rank of all cases of a file."""
     torch.set_num_threads(1)
 
-    def make(**options: Any) -> L.Trainer:
+    def make(microbatches: int = microbatches, **options: Any) -> L.Trainer:
         strategy: Any = "auto" if stages == TWIN else TSPipeStrategy(microbatches=microbatches)
         return trainer(max(1, stages), strategy, **({"num_sanity_val_steps": 0} | options))
 
