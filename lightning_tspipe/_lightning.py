@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -149,17 +149,20 @@ def skip_preparation(trainer: pl.Trainer, prepared: Callable[[Any], bool]) -> Ca
     return undo
 
 
-def first_rank_skips(module: pl.LightningModule, first_says: Callable[[Any], Any]) -> Callable[[], None]:
-    """Whether `on_train_batch_start` skips the rest of the epoch is rank 0's to say: the others have a stand-in.
+def first_rank_decides(trainer: Any, first_says: Callable[[Any], Any]) -> Callable[[], None]:
+    """Rank 0 says whether `on_train_batch_start` skips (others have a stand-in) and when to validate (clocks differ).
 
     Returns:
         What undoes it.
     """
-    if not is_overridden("on_train_batch_start", module):
-        return lambda: None
-    hook = module.on_train_batch_start
-    module.on_train_batch_start = lambda *args: first_says(hook(*args))  # type: ignore[method-assign]
-    return lambda: delattr(module, "on_train_batch_start")
+    module, undo = trainer.lightning_module, ExitStack()
+    places = [(module, "on_train_batch_start")] if is_overridden("on_train_batch_start", module) else []
+    if trainer._val_check_time_interval is not None:
+        places.append((trainer.fit_loop.epoch_loop, "_should_check_val_fx"))
+    for owner, name in places:
+        setattr(owner, name, partial(lambda ask, *args: first_says(ask(*args)), getattr(owner, name)))
+        undo.callback(delattr, owner, name)
+    return undo.close
 
 
 def clip_by(module: pl.LightningModule, total_norm: Callable[..., Tensor]) -> Callable[[], None]:
@@ -335,8 +338,7 @@ def adopt_state(metric: Metric, state: dict[str, Any], updates: int) -> None:
 
 def rows_drawn(sampler: Any) -> list[Any]:
     """The numbers of the rows of every batch of this pass, which Lightning notes while predicting; else nothing."""
-    found: list[Any] = getattr(sampler, "seen_batch_indices", [])  # there since the first pass
-    return found if isinstance(sampler, _IndexBatchSamplerWrapper) else []
+    return getattr(sampler, "seen_batch_indices", []) if isinstance(sampler, _IndexBatchSamplerWrapper) else []
 
 
 def set_rows_drawn(sampler: Any, rows: list[Any]) -> None:

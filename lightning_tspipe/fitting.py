@@ -74,7 +74,7 @@ class Fitting:
             return
         whole = WholeGradient(trainer.precision_plugin, self._comm, *places)
         self._undo += [whole.close, _lightning.clip_by(self._module, whole.total_norm)]
-        self._undo.append(_lightning.first_rank_skips(self._module, self._comm.first_says))
+        self._undo.append(_lightning.first_rank_decides(trainer, self._comm.first_says))
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         log = partial(log_what_is_here, self._module.log)
         guard = ExitStack()

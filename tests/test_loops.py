@@ -124,6 +124,23 @@ def test_when_validation_runs(twins: Twins) -> None:
     assert found == [(1, 1, 8, 1), (1, 2, 8, 1), (0, 4, 8, 1), (0, 1, 24, 3), (0, 3, 16, 2), (0, 4, 8, 2)]
 
 
+class Late(L.Callback):
+    """Lets an hour pass before one batch; on other ranks before every batch, so that their clocks differ."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3 or trainer.global_rank:
+            trainer._last_val_time -= 3600
+
+
+@case(CASES)
+def by_time(make: Make) -> Any:
+    return fit(make, val=loader(8), callbacks=[Late()], val_check_interval=timedelta(hours=1), max_epochs=2)
+
+
+def test_validation_by_the_clock(twins: Twins) -> None:
+    assert counts([twins.same("by_time")], "validations", "step") == [(2, 16)]
+
+
 @case(CASES)
 def several_loaders(make: Make) -> Any:
     found = fit(make, val=[loader(12, 5), loader(8, 3)], num_sanity_val_steps=1)
