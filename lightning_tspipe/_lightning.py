@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
@@ -25,7 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException
 from torch.optim import Optimizer
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_tspipe.errors import PipelineError
 
@@ -148,17 +149,46 @@ def skip_preparation(trainer: pl.Trainer, prepared: Callable[[Any], bool]) -> Ca
     return undo
 
 
-def first_rank_skips(module: pl.LightningModule, first_says: Callable[[Any], Any]) -> Callable[[], None]:
-    """Whether `on_train_batch_start` skips the rest of the epoch is rank 0's to say: the others have a stand-in.
+def first_rank_decides(trainer: Any, first_says: Callable[[Any], Any]) -> Callable[[], None]:
+    """Rank 0 says whether `on_train_batch_start` skips (others have a stand-in) and when to validate (clocks differ).
 
     Returns:
         What undoes it.
     """
-    if not is_overridden("on_train_batch_start", module):
+    module, undo = trainer.lightning_module, ExitStack()
+    places = [(module, "on_train_batch_start")] if is_overridden("on_train_batch_start", module) else []
+    if trainer._val_check_time_interval is not None:
+        places.append((trainer.fit_loop.epoch_loop, "_should_check_val_fx"))
+    for owner, name in places:
+        setattr(owner, name, partial(lambda ask, *args: first_says(ask(*args)), getattr(owner, name)))
+        undo.callback(delattr, owner, name)
+    return undo.close
+
+
+def clip_by(module: pl.LightningModule, total_norm: Callable[..., Tensor]) -> Callable[[], None]:
+    """Within a user's `configure_gradient_clipping`, torch's `clip_grad_norm_` and `get_total_norm` ask `total_norm`.
+
+    Args:
+        module: the user's.
+        total_norm: gets torch's own function for it, and then that function's arguments.
+
+    Returns:
+        What undoes it.
+    """
+    if not is_overridden("configure_gradient_clipping", module):
         return lambda: None
-    hook = module.on_train_batch_start
-    module.on_train_batch_start = lambda *args: first_says(hook(*args))  # type: ignore[method-assign]
-    return lambda: delattr(module, "on_train_batch_start")
+    hook, utils = module.configure_gradient_clipping, torch.nn.utils
+    original = utils.clip_grad._get_total_norm
+
+    def configure_gradient_clipping(*args: Any, **kwargs: Any) -> None:
+        utils.clip_grad._get_total_norm = utils.get_total_norm = partial(total_norm, original)
+        try:
+            hook(*args, **kwargs)
+        finally:
+            utils.clip_grad._get_total_norm = utils.get_total_norm = original
+
+    module.configure_gradient_clipping = configure_gradient_clipping  # type: ignore[method-assign]
+    return lambda: delattr(module, "configure_gradient_clipping")
 
 
 def profiler_span(trainer: pl.Trainer) -> Callable[[str], AbstractContextManager[Any]] | None:
@@ -270,9 +300,22 @@ def metrics_of(module: pl.LightningModule) -> Iterator[tuple[str, Metric]]:
     return ((name, child) for name, child in module.named_modules() if isinstance(child, Metric))
 
 
-def stop_syncing(metric: Metric) -> None:
-    """No collective in `compute`; `_to_sync` would follow `sync_on_compute` only after a `forward` on this rank."""
-    metric.sync_on_compute = metric._to_sync = False
+def stop_syncing(metric: Metric) -> Callable[[], None]:
+    """No collective in `compute` and `forward`; `_to_sync` would follow them only after a `forward` on this rank.
+
+    Returns:
+        What undoes it.
+    """
+    before = {name: getattr(metric, name) for name in ("sync_on_compute", "dist_sync_on_step", "_to_sync")}
+    metric.sync_on_compute = metric.dist_sync_on_step = metric._to_sync = False
+    return partial(vars(metric).update, before)
+
+
+def sync_within(metric: Metric, group: Any) -> Callable[[], None]:
+    """Collectives of a metric among the ranks of a group only; returns what undoes it."""
+    before = metric.process_group
+    metric.process_group = group
+    return partial(setattr, metric, "process_group", before)
 
 
 def cached_value(metric: Metric) -> Tensor | None:
@@ -288,11 +331,36 @@ def set_cached_value(metric: Metric, value: Tensor | None) -> None:
     metric._computed = None
 
 
-def adopt_state(metric: Metric, state: dict[str, Any]) -> None:
-    """Let a metric hold the state that another rank's has."""
+def logs_graph(trainer: pl.Trainer) -> bool:
+    """Whether a logger runs the model by itself, on rank 0 alone, to draw it."""
+    return any(getattr(logger, "_log_graph", False) for logger in trainer.loggers)
+
+
+def states_of(module: pl.LightningModule) -> dict[str, tuple[dict[str, Any], int]]:
+    """State and number of updates of every torchmetrics object that has been updated, by attribute name."""
+    for child in module.modules():
+        if isinstance(child, MetricCollection):
+            child.values(copy_state=False)  # those that share a state refer to it again
+    return {name: (metric.metric_state, metric._update_count) for name, metric in metrics_of(module)
+            if metric._update_count}  # fmt: skip
+
+
+def adopt_state(metric: Metric, state: dict[str, Any], updates: int) -> None:
+    """Let a metric hold the state that another rank's has after so many updates."""
     for name, value in state.items():
         setattr(metric, name, value)
-    metric._computed = None
+    metric._update_count, metric._computed = updates, None
+
+
+def rows_drawn(sampler: Any) -> list[Any]:
+    """The numbers of the rows of every batch of this pass, which Lightning notes while predicting; else nothing."""
+    return getattr(sampler, "seen_batch_indices", []) if isinstance(sampler, _IndexBatchSamplerWrapper) else []
+
+
+def set_rows_drawn(sampler: Any, rows: list[Any]) -> None:
+    """Let a sampler that does not draw show what rank 0's has drawn, for a `BasePredictionWriter`."""
+    if isinstance(sampler, _IndexBatchSamplerWrapper):
+        sampler.seen_batch_indices = rows
 
 
 class Fetcher:

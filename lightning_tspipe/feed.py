@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lightning_tspipe._lightning import Fetcher, SignalLink
+from lightning_tspipe._lightning import Fetcher, SignalLink, rows_drawn, set_rows_drawn
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, BatchInfo, End
 
@@ -204,10 +204,15 @@ class SharedLoader(SilentLoader):
 
     def __iter__(self) -> Iterator[Any]:
         source = iter(self._loader) if self._comm.stage == 0 else None
+        sampler = getattr(self._loader, "batch_sampler", None)
+        rows: list[Any] = []
         while True:
-            # a batch travels as a list of one, the end as an empty list
+            # a batch travels as a list of one, the end as an empty list; with it go the numbers of its rows
             found = [] if source is None else list(itertools.islice(source, 1))
-            batch = self._comm.share(found, 0)
+            batch, numbers = self._comm.share((found, rows_drawn(sampler)[len(rows) : len(rows) + 1]), 0)
             if not batch:
                 return
+            rows += numbers
+            if source is None:
+                set_rows_drawn(sampler, rows)
             yield batch[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from lightning_tspipe.runtime import Runtime
 from lightning_tspipe.stage import Stage
 from lightning_tspipe.teacher import MomentumTeacher, pair_parameters
 from lightning_tspipe.topology import Topology
-from lightning_tspipe.training import MetricSync, TrainingHooks
+from lightning_tspipe.training import MetricSync, TrainingHooks, log_what_is_here, logging_by, refuse_log
 from lightning_tspipe.whole import WholeGradient
 
 
@@ -80,9 +81,16 @@ class Fitting:
         if self._comm is None:
             return
         whole = WholeGradient(trainer.precision_plugin, self._comm, *places)
-        self._undo += [whole.close, _lightning.first_rank_skips(self._module, self._comm.first_says)]
+        self._undo += [whole.close, _lightning.clip_by(self._module, whole.total_norm)]
+        self._undo.append(_lightning.first_rank_decides(trainer, self._comm.first_says))
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        sync = MetricSync(self._hooks, self._comm)
+        log = partial(log_what_is_here, self._module.log)
+        guard = ExitStack()
+        guard.enter_context(logging_by(self._module, log))
+        self._undo.append(guard.close)
+        for callback in callbacks:
+            vars(callback)["log"] = log  # Lightning gives them the module's own at every run
+        sync = MetricSync(self._comm)
         callbacks.insert(0, sync)
         self._undo.append(partial(callbacks.remove, sync))
 
@@ -115,7 +123,7 @@ class Fitting:
                 updates=updates,
             )
         self.in_step = False
-        return self._hooks.finish(report, self._topology.is_last)
+        return self._hooks.output(report)
 
     def after_optimizer_step(self) -> None:
         """Make the update that the next step uses, so that a validation and a checkpoint see it."""
@@ -154,10 +162,12 @@ class Fitting:
 
     def _load(self, raw: Any) -> tuple[Any, Batch]:
         """Lightning's preparation, the user's input hooks, the cut into microbatches."""
-        batch = _lightning.prepare_batch(self._trainer, raw)
+        module = self._module
         self._loaded += 1
         count = self.runtime.microbatches if self._microbatches == "auto" else self._microbatches
-        inputs = self._module.student_input(batch), self._module.teacher_input(batch), self._module.target(batch)
+        with logging_by(module, refuse_log):
+            batch = _lightning.prepare_batch(self._trainer, raw)
+            inputs = module.student_input(batch), module.teacher_input(batch), module.target(batch)
         return batch, make_batch(self._loaded, batch, *inputs, count, fixed=self._microbatches != "auto")
 
     def _is_last_step(self) -> bool:

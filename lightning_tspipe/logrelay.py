@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Number
 from typing import Any
 
 import torch
@@ -11,6 +12,15 @@ from torch import Tensor
 
 from lightning_tspipe import tree
 from lightning_tspipe.comm import Channel, Comm
+
+POSITIONAL = (  # the arguments of `LightningModule.log` after name and value
+    "prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist", "sync_dist_group",
+    "add_dataloader_idx", "batch_size", "metric_attribute", "rank_zero_only",
+)  # fmt: skip
+REDUCTIONS: dict[Any, str] = {
+    torch.mean: "mean", torch.sum: "sum", sum: "sum", torch.min: "min", min: "min", torch.max: "max", max: "max",
+    "avg": "mean", "mean": "mean", "sum": "sum", "min": "min", "max": "max",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,19 @@ class Entry:
         if self.shape is None:
             return 0
         return int(torch.Size(self.shape).numel())
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """The value of a batch from those of its microbatches, of shape (microbatches, ...): as `reduce_fx` says."""
+        given = dict(self.options).get("reduce_fx", "mean")
+        match REDUCTIONS[given.lower() if isinstance(given, str) else given]:
+            case "sum":
+                return values.sum(0)
+            case "min":
+                return values.amin(0)
+            case "max":
+                return values.amax(0)
+            case _:
+                return values.mean(0)
 
 
 @dataclass
@@ -108,9 +131,13 @@ class Recorder:
         self.values: list[Tensor] = []
 
     def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
-        """Record one call with the arguments of `LightningModule.log`; it is made on every rank after the step."""
-        positional = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist")
-        kept = tuple(sorted({**dict(zip(positional, args, strict=False)), **options}.items()))
+        """Record one call with the arguments of `LightningModule.log`; it is made on every rank after the step.
+
+        Raises:
+            ValueError: a value or a `reduce_fx` that Lightning does not take either.
+        """
+        kept = tuple(sorted({**dict(zip(POSITIONAL, args, strict=False)), **options}.items()))
+        _check(name, dict(kept).get("reduce_fx", "mean"), value, id(value) in self._metrics)
         if id(value) in self._metrics:
             cache = self._cached(value)
             shape = None if cache is None else tuple(cache.shape)
@@ -128,8 +155,21 @@ class Recorder:
         self.values.append(tensor)
 
 
+def _check(name: str, reduction: Any, value: Any, is_metric: bool) -> None:
+    if (reduction.lower() if isinstance(reduction, str) else reduction) not in REDUCTIONS:
+        raise ValueError(
+            f"`self.log({name!r}, ...)` in `loss` has reduce_fx={reduction!r}. Give 'mean', 'sum', 'min' or 'max', or "
+            "log a torchmetrics object, which reduces as it likes."
+        )
+    if not is_metric and not isinstance(value, Tensor | Number):
+        raise ValueError(
+            f"`self.log({name!r}, ...)` in `loss` got a {type(value).__name__}. Log a number, a tensor, or a "
+            "torchmetrics object that is an attribute of the module; a dict or a MetricCollection by `self.log_dict`."
+        )
+
+
 def mean_of(reports: Sequence[LossReport]) -> LossReport:
-    """The report of a batch from those of its microbatches: every value is their mean.
+    """The report of a batch from those of its microbatches: means, and logged values as their `reduce_fx` says.
 
     Raises:
         ValueError: `loss` logged other things in one microbatch than in another.
@@ -143,4 +183,10 @@ def mean_of(reports: Sequence[LossReport]) -> LossReport:
             "same names in every call."
         )
     columns = zip(*(report.values for report in reports), strict=True)
-    return LossReport(reports[0].entries, [torch.stack(column).to(torch.float64).mean(0) for column in columns])
+    joined, entries, values = LossReport(reports[0].entries, [torch.stack(column) for column in columns]), [], []
+    for entry, column in joined.items():
+        dtype = entry.dtype if entry.dtype.is_floating_point else torch.get_default_dtype()  # of a mean
+        entries.append(replace(entry, dtype=dtype))
+        if column is not None:
+            values.append(entry.reduce(column.to(torch.float64)).to(dtype))
+    return LossReport(entries, values)

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import LBFGS, Optimizer
 
+from lightning_tspipe._lightning import logs_graph
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.partition import BALANCES
 
@@ -81,6 +82,8 @@ def _reasons(trainer: pl.Trainer, module: pl.LightningModule, devices: int, stag
         for kind in type(callback).__mro__:
             if kind.__name__ in _CALLBACKS:
                 yield f"the callback {kind.__name__}: {_CALLBACKS[kind.__name__]}"
+    if devices > 1 and logs_graph(trainer):
+        yield "log_graph=True of a logger runs the whole model on rank 0 alone. Use log_graph=False"
     device = trainer.strategy.root_device
     if device.type not in ("cpu", "cuda"):
         yield f"the accelerator {device.type!r} has no point-to-point messages here. Use accelerator='cpu' or 'gpu'"

@@ -36,6 +36,9 @@ class StepHooks(Protocol):
     def loss(self, student_out: Any, teacher_out: Any, target: Any) -> tuple[Tensor, LossReport]:
         """The user's loss and what it logged; called on the last rank only."""
 
+    def log(self, report: LossReport) -> None:
+        """Called on every rank when it knows what `loss` had to say of a batch."""
+
     def before_backward(self, loss: Tensor) -> Tensor:
         """Called on every rank before its first backward; returns what is differentiated on the last rank."""
 
@@ -377,6 +380,7 @@ class Runtime:
         self._report = mean_of(self._reports)
         if self._relay is not None:
             self._relay.pass_on(self._report, self._hooks.terminating())
+        self._hooks.log(self._report)
 
     def _take_report(self, batch: Batch) -> None:
         """Take loss and logged values from below, and pass them on.
@@ -396,5 +400,6 @@ class Runtime:
             self._hooks.terminate()
         if self._place:
             self._relay.pass_on(self._report, terminate or self._hooks.terminating())
+        self._hooks.log(self._report)
         if due == 0:
             self._hooks.before_backward(self._report.values[0])

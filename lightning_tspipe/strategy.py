@@ -191,9 +191,9 @@ class TSPipeStrategy(ProcessStrategy):
         self._undo = [self._stage.close] if self._stage is not None else []
         for _, metric in _lightning.metrics_of(module):
             if self._replicas is not None:
-                metric.process_group = self._replicas.group
+                self._undo.append(_lightning.sync_within(metric, self._replicas.group))
             elif self._comm is not None:
-                _lightning.stop_syncing(metric)
+                self._undo.append(_lightning.stop_syncing(metric))
         if self._replicas is None:
             _lightning.forbid_distributed_sampler(trainer)
         if self._comm is None:

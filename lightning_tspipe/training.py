@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,17 +31,12 @@ class TrainingHooks:
         self._trainer, self._module, self._signals = trainer, module, signals
         self._metrics = dict(_lightning.metrics_of(module))
         self._names = {id(metric): name for name, metric in self._metrics.items()}
-        self.used: set[str] = set()
 
     def loss(self, student_out: Any, teacher_out: Any, target: Any) -> tuple[Tensor, LossReport]:
         """Run the user's loss and record what it logs; a faulty result is an error that names the fix."""
         recorder = Recorder(self._names, _lightning.cached_value)
-        self._module.log = recorder.log  # type: ignore[method-assign]
-        try:
-            with torch.enable_grad():
-                result = self._module.loss(student_out, teacher_out, target)
-        finally:
-            del self._module.log
+        with torch.enable_grad(), logging_by(self._module, recorder.log):
+            result = self._module.loss(student_out, teacher_out, target)
         loss, extra = _checked(result)
         head = Recorder({}, _lightning.cached_value)
         head.add("output", "loss", loss)
@@ -81,45 +77,72 @@ class TrainingHooks:
         """A rank behind this one has received a SIGTERM."""
         self._signals.received = True
 
-    def finish(self, report: LossReport, on_loss_rank: bool) -> Tensor | dict[str, Any]:
-        """Make the recorded `self.log` calls on this rank, and give what `training_step` returns.
-
-        Args:
-            report: from the step.
-            on_loss_rank: whether `loss` ran here, so that its metrics are up to date.
-        """
-        outputs: dict[str, Any] = {}
+    def log(self, report: LossReport) -> None:
+        """Make the `self.log` calls that were recorded in `loss`, in the place where the twin makes them."""
         for entry, value in report.items():
-            if entry.kind == "output":
-                assert value is not None
-                outputs[entry.name] = value
-            elif entry.kind == "log":
+            if entry.kind == "log":
                 assert value is not None
                 self._module.log(entry.name, value, **dict(entry.options))
-            else:
+            elif entry.kind == "metric":
                 metric = self._metrics[entry.metric]
-                self.used.add(entry.metric)
-                if not on_loss_rank:
-                    _lightning.set_cached_value(metric, value)
+                _lightning.set_cached_value(metric, value)
                 self._module.log(entry.name, metric, **dict(entry.options))
-        return outputs["loss"] if len(outputs) == 1 else outputs
+
+    def output(self, report: LossReport) -> Tensor | dict[str, Any]:
+        """What `training_step` returns."""
+        outputs: dict[str, Any] = {entry.name: value for entry, value in report.items() if entry.kind == "output"}
+        loss: Tensor = outputs["loss"]
+        return loss if len(outputs) == 1 else outputs
+
+
+@contextmanager
+def logging_by(module: pl.LightningModule, log: Callable[..., None]) -> Iterator[None]:
+    """Let `self.log` of the module mean something else."""
+    before = vars(module).get("log")
+    module.log = log  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.log
+        else:
+            module.log = before  # type: ignore[method-assign]
+
+
+def refuse_log(name: str, *_: Any, **__: Any) -> None:
+    """What `self.log` is within the input hooks."""
+    raise MisconfigurationException(
+        f"`self.log({name!r}, ...)` was called while a batch is loaded, on rank 0 alone and one batch early: in "
+        "student_input, teacher_input, target or a transfer hook. Log it in `loss`; target(batch) can carry it there."
+    )
+
+
+def log_what_is_here(log: Callable[..., None], name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    """What `self.log` is within a fit: Lightning's own, unless the value has no memory on this rank."""
+    if isinstance(value, Tensor) and value.is_meta:
+        raise MisconfigurationException(
+            f"`self.log({name!r}, ...)` got a tensor without memory: only rank 0's hooks see the batch, and a rank has "
+            "the parameters of its own stage only. Log it in `loss`, or skip tensors whose `is_meta` is true."
+        )
+    log(name, value, *args, **kwargs)
 
 
 class MetricSync(pl.Callback):
     """Before the epoch's metrics are computed, gives every rank the state of those that `loss` updated."""
 
-    def __init__(self, hooks: TrainingHooks, comm: Comm) -> None:
-        self._hooks, self._comm = hooks, comm
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """One exchange per epoch, of the metrics that were logged in it."""
-        used: dict[str, Metric] = {name: metric for name, metric in _lightning.metrics_of(pl_module)
-                                   if name in self._hooks.used}  # fmt: skip
-        if not used:
+        """One exchange per epoch, if the module has metrics; one that `loss` did not log is logged by a hook later."""
+        metrics: dict[str, Metric] = dict(_lightning.metrics_of(pl_module))
+        if not metrics:
             return
-        states = self._comm.share({name: metric.metric_state for name, metric in used.items()}, self._comm.stages - 1)
-        for name, metric in used.items():
-            _lightning.adopt_state(metric, states[name])
+        last = self._comm.stages - 1
+        states = self._comm.share(_lightning.states_of(pl_module) if self._comm.stage == last else None, last)
+        if self._comm.stage != last:
+            for name, (state, updates) in states.items():
+                _lightning.adopt_state(metrics[name], state, updates)
 
 
 def _checked(result: Any) -> tuple[Tensor, dict[str, Any]]:

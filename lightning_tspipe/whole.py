@@ -59,6 +59,25 @@ class WholeGradient:
             total = torch.linalg.vector_norm(norms.to(grads[0].dtype))
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, total)
 
+    @torch.no_grad()
+    def total_norm(
+        self,
+        own: Callable[..., Tensor],
+        tensors: Any,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
+        """The norm over all stages of the gradients that a user's own clipping gave to torch's `clip_grad_norm_`."""
+        grads = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        mine = own(grads, norm_type, False, foreach)
+        norms = torch.zeros(self._comm.stages, dtype=torch.float64, device=self._comm.device)
+        norms[self._comm.rank] = mine
+        total: Tensor = torch.linalg.vector_norm(self._comm.total(norms), float(norm_type))
+        if error_if_nonfinite and not total.isfinite():
+            raise RuntimeError(f"The norm of the gradients is {float(total)}, and error_if_nonfinite=True was given.")
+        return total.to(mine.dtype) if grads else total
+
     def _found_anywhere(self, found: dict[torch.device, Tensor]) -> dict[torch.device, Tensor]:
         """How many ranks found an infinite gradient, from what this one found."""
         here = torch.zeros(1, device=self._comm.device)

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy, cosine_momentum
@@ -55,6 +56,9 @@ CASES: dict[str, tuple[str, ...]] = {
     "TwoOptimizers": ("several optimizers", "one optimizer with several parameter groups"),
     "UsesLBFGS": ("cannot run LBFGS", "AdamW"),
     "ManualOptimization": ("manual optimization", "Use automatic optimization"),
+    "LogsInAnInputHook": ("was called while a batch is loaded", "Log it in `loss`"),
+    "LogsTheBatchInAHook": ("got a tensor without memory", "Log it in `loss`"),
+    "LogsInACallback": ("got a tensor without memory", "Log it in `loss`"),
     "CallsStudentInLoss": ("self.student(...) was called in a training step", "Use the outputs that `loss` gets"),
 }
 
@@ -155,6 +159,14 @@ def test_refused_callbacks(callback: L.Callback, fix: str) -> None:
     assert fix in str(caught.value)
 
 
+def test_a_logger_that_draws_the_model_is_refused(tmp_path: Path) -> None:
+    draws = trainer(2, logger=TensorBoardLogger(tmp_path, log_graph=True))
+    with pytest.raises(MisconfigurationException, match="log_graph=True") as caught:
+        check_trainer(draws, Small(), 2, "auto")
+    assert "Use log_graph=False" in str(caught.value)
+    check_trainer(draws, Small(), 1, "auto")
+
+
 @pytest.mark.parametrize("name", ["TransformerEnginePrecision", "BitsandbytesPrecision"])
 def test_refused_precision_plugins(name: str) -> None:
     fake = trainer(2)
@@ -168,6 +180,7 @@ def fake_trainer(device: str) -> Any:
     """A trainer on a device that this machine may lack."""
     return SimpleNamespace(
         callbacks=[],
+        loggers=[],
         strategy=SimpleNamespace(root_device=torch.device(device)),
         precision_plugin=trainer(2).precision_plugin,
     )

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from torch import nn
+from torch.utils.data import BatchSampler
 from torchmetrics import MeanMetric
 
 from lightning_tspipe import _lightning
@@ -26,6 +27,8 @@ MODULE_NAMES = {
     "_MultiProcessingLauncher": "lightning.pytorch.strategies.launchers",
     "_SubprocessScriptLauncher": "lightning.pytorch.strategies.launchers",
     "_call_lightning_module_hook": "lightning.pytorch.trainer.call",
+    "_IndexBatchSamplerWrapper": "lightning.pytorch.overrides.distributed",
+    "_get_total_norm": "torch.nn.utils.clip_grad",
 }
 PARAMETERS = {
     "_init_dist_connection": ("cluster_environment", "torch_distributed_backend", "kwargs"),
@@ -33,16 +36,18 @@ PARAMETERS = {
     "_MultiProcessingLauncher": ("strategy", "start_method"),
     "_SubprocessScriptLauncher": ("cluster_environment", "num_processes", "num_nodes"),
     "_call_lightning_module_hook": ("trainer", "hook_name"),
+    "_IndexBatchSamplerWrapper": ("batch_sampler",),
+    "_get_total_norm": ("tensors", "norm_type", "error_if_nonfinite", "foreach"),
 }
 # private attributes of objects, tested below by name
 ATTRIBUTES = {
     "LightningOptimizer": {"_optimizer"},
     "fit loop": {"_should_accumulate", "_skip_backward", "_data_fetcher", "_combined_loader"},
     "combined loader": {"_state_dicts"},
-    "epoch loop": {"_broadcast_sigterm_tensor"},
+    "epoch loop": {"_broadcast_sigterm_tensor", "_should_check_val_fx"},
     "automatic optimization": {"_on_before_zero_grad", "_optimizer_zero_grad"},
     "module": {"_on_before_batch_transfer", "_apply_batch_transfer_handler"},
-    "trainer": {"_signal_connector", "_accelerator_connector", "_teardown"},
+    "trainer": {"_signal_connector", "_accelerator_connector", "_teardown", "_val_check_time_interval"},
     "signal connector": {"_sigterm_notifier_fn"},
     "metric": {"_forward_cache", "_update_count", "_computed", "_to_sync"},
     "scaler": {"_unscale_grads_"},
@@ -140,6 +145,17 @@ def test_the_observer_of_children_has_its_name() -> None:
     assert "self._child_processes" in text
 
 
+def test_a_sampler_notes_what_it_has_drawn() -> None:
+    from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+
+    sampler: Any = _IndexBatchSamplerWrapper(BatchSampler(range(3), 2, drop_last=False))
+    assert _lightning.rows_drawn(sampler) == []
+    assert list(sampler) == _lightning.rows_drawn(sampler) == [[0, 1], [2]]
+    _lightning.set_rows_drawn(sampler, [[4]])
+    assert sampler.seen_batch_indices == [[4]]
+    assert _lightning.rows_drawn([[1, 2]]) == []
+
+
 def test_metric_states() -> None:
     """A metric takes over the state and the last value of another."""
     here, there = MeanMetric(), MeanMetric()
@@ -147,8 +163,17 @@ def test_metric_states() -> None:
     assert _lightning.cached_value(there) == 3.0
     _lightning.set_cached_value(here, _lightning.cached_value(there))
     assert _lightning.cached_value(here) == 3.0
-    _lightning.adopt_state(here, there.metric_state)
+    _lightning.adopt_state(here, there.metric_state, 1)
     assert here.compute() == 3.0
+
+
+def test_torch_clips_by_the_norm_that_is_put_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = importlib.import_module("torch.nn.utils.clip_grad")
+    monkeypatch.setattr(functions, "_get_total_norm", lambda *args: torch.tensor(8.0))
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.ones(1)
+    torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+    assert parameter.grad.item() == pytest.approx(1 / 8)
 
 
 def test_metrics_are_found_by_attribute_name() -> None:

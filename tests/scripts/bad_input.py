@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -160,6 +161,23 @@ class CallsStudentInLoss(Small):
         return self.student(torch.ones(3, 4)).mean() + student_out.mean()
 
 
+class LogsInAnInputHook(Small):
+    def student_input(self, batch: Any) -> Any:
+        self.log("rows", float(len(batch[0])))
+        return batch[0]
+
+
+class LogsTheBatchInAHook(Small):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.log_dict({"loss": outputs["loss"], "mean": batch[0].mean()})
+
+
+class LogsInACallback(L.Callback):
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int) -> None:
+        self.log("mean", batch[0].mean())
+
+
+CALLBACKS: dict[str, Any] = {"LogsInACallback": LogsInACallback}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "FickleStudentWithin": {"balance": {"student": [2, 3]}},
     "UnknownBalance": {"balance": "speed"},
@@ -170,9 +188,11 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 def run(rank: int, out: Path, case: str) -> None:
     """One rank of one case."""
-    module = globals().get(case, Small)()
+    kind = globals().get(case, Small)
+    module = kind() if issubclass(kind, Small) else Small()
     try:
-        fit = trainer(2, TSPipeStrategy(**({"microbatches": 2} | STRATEGIES.get(case, {}))))
+        strategy = TSPipeStrategy(**({"microbatches": 2} | STRATEGIES.get(case, {})))
+        fit = trainer(2, strategy, callbacks=[CALLBACKS[case]()] if case in CALLBACKS else [])
         fit.fit(module, loader())
     except BaseException as error:
         answer = {"type": type(error).__name__, "text": str(error)}

@@ -45,7 +45,7 @@ class Small(TeacherStudentModule):
 def loader(rows: int = ROWS, batch: int = BATCH, **options: Any) -> DataLoader[Any]:
     """Random rows, the same on every rank."""
     data = torch.randn(rows, 4, generator=torch.Generator().manual_seed(1))
-    return DataLoader(TensorDataset(data, torch.arange(rows)), batch, **options)
+    return DataLoader(TensorDataset(data, torch.arange(rows)), batch_size=batch, **options)
 
 
 def trainer(devices: int, strategy: Any = None, **options: Any) -> L.Trainer:
