@@ -207,7 +207,7 @@ class _Search:
     def run(self, names: Sequence[str]) -> Found:
         self.plain(names)
         if "afab" in names:
-            self.all_forward_first(150 if len(names) == 1 else 75)
+            self.all_forward_first(75 if "afab-split" in names else 150)  # the first has more to try
         if not self.enough:
             waits = self.costs.exchange is not None  # then the teacher can fill what lies behind the last backward, too
             self.greedy([name for name in names if name != "afab" or waits])

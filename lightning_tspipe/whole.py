@@ -72,7 +72,7 @@ class WholeGradient:
         grads = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         mine = own(grads, norm_type, False, foreach)
         norms = torch.zeros(self._comm.stages, dtype=torch.float64, device=self._comm.device)
-        norms[self._comm.rank] = mine
+        norms[self._comm.stage] = mine
         total: Tensor = torch.linalg.vector_norm(self._comm.total(norms), float(norm_type))
         if error_if_nonfinite and not total.isfinite():
             raise RuntimeError(f"The norm of the gradients is {float(total)}, and error_if_nonfinite=True was given.")
