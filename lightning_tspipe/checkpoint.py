@@ -161,10 +161,8 @@ class Shards:
             )
         order = [name for group in groups for name in group]
         mine = [name for name in order if self.is_mine(name)]
-        numbers = {name: number for number, name in enumerate(order)}
-        parts = {
-            index: state["state"][numbers[name]] for index, name in enumerate(mine) if numbers[name] in state["state"]
-        }
+        keys = dict(zip(order, (key for group in state["param_groups"] for key in group["params"]), strict=True))
+        parts = {index: state["state"][keys[name]] for index, name in enumerate(mine) if keys[name] in state["state"]}
         counter = iter(range(len(mine)))
         saved = [
             {**group, "params": [next(counter) for name in names if self.is_mine(name)]}
@@ -173,23 +171,32 @@ class Shards:
         optimizer.load_state_dict({**state, "state": parts, "param_groups": saved})
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of every generator of this process, in types that `torch.load(weights_only=True)` takes."""
-    legacy: Any = numpy.random.get_state()
-    name, keys, *rest = legacy
-    of_numpy = (name, torch.from_numpy(keys.astype(numpy.int64)), *rest)
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": of_numpy}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+class Generators:
+    """The random state of this process, in types that `torch.load(weights_only=True)` takes.
 
+    Args:
+        device: whose generator counts besides those of the host.
+    """
 
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """The inverse of `random_state`."""
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def state(self) -> dict[str, Any]:
+        """The state of every generator."""
+        legacy: Any = numpy.random.get_state()
+        name, keys, *rest = legacy
+        of_numpy = (name, torch.from_numpy(keys.astype(numpy.int64)), *rest)
+        state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": of_numpy}
+        return state | ({"cuda": torch.cuda.get_rng_state(self._device)} if self._device.type == "cuda" else {})
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Put every generator back to where it was."""
+        torch.set_rng_state(state["torch"])
+        random.setstate(state["python"])
+        name, keys, *rest = state["numpy"]
+        numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
+        if self._device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self._device)
 
 
 def _swap(tensor: Tensor, value: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tspipe import _lightning
-from lightning_tspipe.checkpoint import KEY, Groups, Shards, random_state, set_random_state
+from lightning_tspipe.checkpoint import Shards
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.errors import PipelineError
 from lightning_tspipe.feed import SharedLoader, SilentLoader
@@ -31,13 +31,13 @@ from lightning_tspipe.fitting import Fitting
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.partition import Balance, partition
 from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
-from lightning_tspipe.processes import ProcessStrategy
 from lightning_tspipe.refuse import SEVERAL_OPTIMIZERS, check_optimizers, check_strategy_arguments, check_trainer
+from lightning_tspipe.saving import CheckpointStrategy
 from lightning_tspipe.schedule import Costs, Schedule
 from lightning_tspipe.stage import Network, Stage
 
 
-class TSPipeStrategy(ProcessStrategy):
+class TSPipeStrategy(CheckpointStrategy):
     """Trains a `TeacherStudentModule` as a pipeline whose bubbles are filled with the teacher of the next batch.
 
     Args:
@@ -75,15 +75,9 @@ class TSPipeStrategy(ProcessStrategy):
         check_strategy_arguments(stages, balance, start_method, process_group_backend)
         self._stages, self._microbatches, self._schedule, self._balance = stages, microbatches, schedule, balance
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
-        self._comm: Comm | None = None
-        self._shards: Shards | None = None
         self._stage: Stage | None = None
-        self._fitting: Fitting | None = None
-        self._groups: Groups = []
         self._undo: list[Callable[[], None]] = []
         self._failed = False
-        self._seed = 0
-        self._resumed: Mapping[str, Any] = {}  # what a checkpoint holds of ours
 
     @classmethod
     @override
@@ -146,7 +140,7 @@ class TSPipeStrategy(ProcessStrategy):
             post_ahead = 0 if self._comm is None else self._comm.post_ahead
             planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule, post_ahead)
             self._fitting = Fitting(trainer, module, self._stage, self._comm, planner, self._microbatches, rank, stages)
-            self._fitting.connect(self._shards.places(self._groups), self._restore_random_state)
+            self._fitting.connect(self._shards.places(self._groups), self._restore_random_states)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _lightning.optimizers_to_device(self.optimizers, self.root_device)
@@ -249,47 +243,6 @@ class TSPipeStrategy(ProcessStrategy):
         return self._comm.chain(lambda value: stage.run(network, value), inputs)
 
     @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        return super().lightning_module_state_dict() if self._shards is None else self._shards.state_dict()
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        optimizer = _lightning.plain_optimizer(optimizer)
-        if self._shards is None:  # after fit, when it is whole again
-            return super().optimizer_state(optimizer)
-        return self._shards.optimizer_state(optimizer, self._groups)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        assert self._shards is not None
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            self._shards.load_optimizer_state(optimizer, state, self._groups)
-            _lightning.optimizers_to_device([optimizer], self.root_device)
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if "optimizer_states" in checkpoint:
-            checkpoint[KEY] = {"seed": self._seed, **self._random_states()}
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    @override
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(*args, **kwargs)
-        self._resumed = checkpoint.get(KEY, {})
-        return checkpoint
-
-    def _random_states(self) -> dict[str, Any]:
-        """Where the generators of the rank that loads and of the one that runs `loss` are."""
-        state = random_state(self.root_device)
-        states = [state] if self._comm is None else self._comm.gather(state)
-        return {"first": states[0], "last": states[-1]} if states else {}
-
-    def _restore_random_state(self) -> None:
-        for name, rank in (("last", self.world_size - 1), ("first", 0)):
-            if rank == self.global_rank and name in self._resumed:
-                set_random_state(self._resumed[name], self.root_device)
-
-    @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
         if self._comm is not None and not isinstance(exception, PipelineError | SystemExit):
@@ -305,6 +258,7 @@ class TSPipeStrategy(ProcessStrategy):
     def teardown(self) -> None:
         fitting, self._fitting = self._fitting, None
         if fitting is not None:
+            self._ahead = fitting.ahead()
             fitting.close()
         for undo in reversed(self._undo):
             undo()

@@ -32,6 +32,8 @@ ORDER = (
         "feed",
         "training",
         "fitting",
+        "files",
+        "saving",
         "refuse",
         "strategy",
         "cli",
@@ -39,7 +41,10 @@ ORDER = (
     ),
 )
 STDLIB_ONLY = {"errors", "schedule", "simulate"}
-KNOW_LIGHTNING = {"_lightning", "module", "processes", "training", "fitting", "refuse", "strategy", "cli", "__init__"}
+KNOW_LIGHTNING = {
+    *("_lightning", "module", "processes", "training", "fitting", "files", "saving", "refuse", "strategy", "cli"),
+    "__init__",
+}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
 COMMUNICATES = re.compile(r"send|recv|broadcast|reduce|gather|scatter|all_to_all|barrier|P2POp")

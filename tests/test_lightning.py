@@ -26,6 +26,9 @@ MODULE_NAMES = {
     "_MultiProcessingLauncher": "lightning.pytorch.strategies.launchers",
     "_SubprocessScriptLauncher": "lightning.pytorch.strategies.launchers",
     "_call_lightning_module_hook": "lightning.pytorch.trainer.call",
+    "_select_data_fetcher": "lightning.pytorch.loops.fit_loop",
+    "_PrefetchDataFetcher": "lightning.pytorch.loops.fetchers",
+    "_WrappingCheckpointIO": "lightning.pytorch.plugins.io.wrapper",
 }
 PARAMETERS = {
     "_init_dist_connection": ("cluster_environment", "torch_distributed_backend", "kwargs"),
@@ -33,6 +36,9 @@ PARAMETERS = {
     "_MultiProcessingLauncher": ("strategy", "start_method"),
     "_SubprocessScriptLauncher": ("cluster_environment", "num_processes", "num_nodes"),
     "_call_lightning_module_hook": ("trainer", "hook_name"),
+    "_select_data_fetcher": ("trainer", "stage"),
+    "_PrefetchDataFetcher": ("prefetch_batches",),
+    "_WrappingCheckpointIO": ("checkpoint_io",),
 }
 # private attributes of objects, tested below by name
 ATTRIBUTES = {
@@ -123,7 +129,7 @@ def test_the_closure_asks_for_skip_backward(parts: dict[str, Any], name: str) ->
 def test_fetchers_are_what_ours_stands_for() -> None:
     ours, theirs = _lightning.Fetcher, _DataFetcher
     wanted = {name for name in vars(theirs) if not name.startswith("_") and callable(getattr(theirs, name))}
-    missing = {name for name in wanted if not hasattr(ours, name)} - {"setup"}
+    missing = {name for name in wanted if not hasattr(ours, name)}
     assert not missing, "Lightning's fetchers have methods that ours lack"
 
 
