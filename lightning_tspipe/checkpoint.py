@@ -99,13 +99,16 @@ class Shards:
 
     def state_dict(self) -> dict[str, Any]:
         """The whole module's state dict on rank 0, an empty one elsewhere; its keys are those of the plain module."""
-        state = self._module.state_dict()
-        mine = {name: value for name, value in state.items() if self.is_mine(name)}
+        names, mine = list(self._module.state_dict()), self.own_state_dict()
         parts = [mine] if self._comm is None else self._comm.gather(mine)
         if parts is None:
             return {}
         whole = {name: value for part in parts for name, value in part.items()}
-        return {name: whole[name] for name in state}
+        return {name: whole[name] for name in names}
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """This rank's part of the state dict."""
+        return {name: value for name, value in self._module.state_dict().items() if self.is_mine(name)}
 
     def take_groups(self, optimizer: Optimizer) -> Groups:
         """Leave only this rank's parameters in the optimizer's groups; returns the names of all, group by group."""
@@ -123,15 +126,8 @@ class Shards:
 
     def optimizer_state(self, optimizer: Optimizer, groups: Groups) -> dict[str, Any]:
         """The state dict that the optimizer would have with all parameters; on rank 0, an empty one elsewhere."""
-        local = optimizer.state_dict()
-        mine = [[name for name in group if self.is_mine(name)] for group in groups]
-        named = {
-            name: local["state"][index]
-            for group, names in zip(local["param_groups"], mine, strict=True)
-            for index, name in zip(group["params"], names, strict=True)
-            if index in local["state"]
-        }
-        parts = [named] if self._comm is None else self._comm.gather(named)
+        local = self.own_optimizer_state(optimizer, groups)
+        parts = [local["state"]] if self._comm is None else self._comm.gather(local["state"])
         if parts is None:
             return {}
         whole = {name: state for part in parts for name, state in part.items()}
@@ -141,10 +137,22 @@ class Shards:
             **local,
             "state": {number: whole[name] for number, name in enumerate(order) if name in whole},
             "param_groups": [
-                {**group, "params": [next(numbers) for _ in names]}
-                for group, names in zip(local["param_groups"], groups, strict=True)
+                {**group, "params": [next(numbers) for _ in group["params"]]} for group in local["param_groups"]
             ],
         }
+
+    def own_optimizer_state(self, optimizer: Optimizer, groups: Groups) -> dict[str, Any]:
+        """The state dict by names, of this rank's parameters; its groups name all."""
+        local = optimizer.state_dict()
+        mine = [[name for name in group if self.is_mine(name)] for group in groups]
+        state = {
+            name: local["state"][index]
+            for group, names in zip(local["param_groups"], mine, strict=True)
+            for index, name in zip(group["params"], names, strict=True)
+            if index in local["state"]
+        }
+        pairs = zip(local["param_groups"], groups, strict=True)
+        return {**local, "state": state, "param_groups": [{**group, "params": names} for group, names in pairs]}
 
     def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any], groups: Groups) -> None:
         """Load this rank's part of a whole state dict.
@@ -197,6 +205,17 @@ class Generators:
         numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
         if self._device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self._device)
+
+
+def by_names(state: Mapping[str, Any], groups: Groups) -> dict[str, Any]:
+    """The state dict of an optimizer that holds all parameters, by their names."""
+    keys = (key for group in state["param_groups"] for key in group["params"])
+    names = dict(zip(keys, (name for group in groups for name in group), strict=True))
+    return {
+        **state,
+        "state": {names[key]: value for key, value in state["state"].items()},
+        "param_groups": [{**group, "params": part} for group, part in zip(state["param_groups"], groups, strict=True)],
+    }
 
 
 def _swap(tensor: Tensor, value: Tensor) -> None:

@@ -48,6 +48,7 @@ class TSPipeStrategy(CheckpointStrategy):
         start_method: "popen", "spawn", "fork" or "forkserver", as in DDPStrategy.
         process_group_backend: "nccl" or "gloo"; None takes nccl on GPUs and gloo elsewhere.
         timeout: how long one message may take.
+        state_dict_type: of checkpoints: "full" is one file, "sharded" a folder to which each rank writes its own part.
 
     Raises:
         ValueError: microbatches or schedule is unknown.
@@ -64,6 +65,7 @@ class TSPipeStrategy(CheckpointStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        state_dict_type: Literal["full", "sharded"] = "full",
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -72,9 +74,10 @@ class TSPipeStrategy(CheckpointStrategy):
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         check_plan_arguments(microbatches, schedule)
-        check_strategy_arguments(stages, balance, start_method, process_group_backend)
+        check_strategy_arguments(stages, balance, start_method, process_group_backend, state_dict_type)
         self._stages, self._microbatches, self._schedule, self._balance = stages, microbatches, schedule, balance
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
+        self._state_dict_type = state_dict_type
         self._stage: Stage | None = None
         self._undo: list[Callable[[], None]] = []
         self._failed = False

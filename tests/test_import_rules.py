@@ -33,6 +33,7 @@ ORDER = (
         "training",
         "fitting",
         "files",
+        "sharded",
         "saving",
         "refuse",
         "strategy",
