@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loops import fit_loop
+from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
@@ -79,6 +84,12 @@ def init_process_group(strategy: Any, backend: str, timeout: timedelta) -> None:
     reset_seed()
     device = strategy.root_device if strategy.root_device.type != "cpu" else None
     _init_dist_connection(strategy.cluster_environment, backend, timeout=timeout, device_id=device)
+
+
+def wrap_checkpoint_io(io: CheckpointIO, make: Callable[[], CheckpointIO]) -> None:
+    """Give what wraps another CheckpointIO (`AsyncCheckpointIO`) one to wrap, which it ignores if it has one."""
+    if isinstance(io, _WrappingCheckpointIO):
+        io.checkpoint_io = make()
 
 
 def optimizers_to_device(optimizers: list[Optimizer], device: torch.device) -> None:
@@ -210,32 +221,40 @@ class LoaderLink:
     Args:
         trainer: the trainer.
         wrap: makes our fetcher from Lightning's.
-        before: called before Lightning makes its first one, and with it the order of a shuffling loader.
     """
 
-    def __init__(self, trainer: pl.Trainer, wrap: Callable[[Any], Fetcher], before: Callable[[], None]) -> None:
+    def __init__(self, trainer: pl.Trainer, wrap: Callable[[Any], Fetcher]) -> None:
         self._loop = trainer.fit_loop
         self._loaders: list[Any] = []
-        original = self._loop.setup_data
-        made: list[Any] = [None]
+        original, module = self._loop.setup_data, cast(Any, fit_loop)
+        select = module._select_data_fetcher
+
+        def our_fetcher(*args: Any) -> Fetcher:
+            inner = select(*args)
+            assert isinstance(inner, _PrefetchDataFetcher)
+            inner.prefetch_batches = 0  # ours looks ahead, and knows the loader's state at each batch
+            fetcher, loader = wrap(inner), cast(Any, self._loop._combined_loader)
+            fetcher.states_now = partial(type(loader)._state_dicts, loader)
+            loader._state_dicts = fetcher.loader_states
+            self._loaders.append(loader)
+            return fetcher
 
         def setup_data() -> None:
-            if not self._loaders:
-                before()
-            original()
-            if self._loop._data_fetcher is not None and self._loop._data_fetcher is not made[0]:
-                made[0] = fetcher = wrap(self._loop._data_fetcher)
-                self._loop._data_fetcher = fetcher  # type: ignore[assignment]
-                loader: Any = self._loop._combined_loader
-                fetcher.states_now = partial(type(loader)._state_dicts, loader)
-                loader._state_dicts = fetcher.loader_states
-                self._loaders.append(loader)
+            module._select_data_fetcher = our_fetcher
+            try:
+                original()
+            finally:
+                module._select_data_fetcher = select
 
         self._loop.setup_data = setup_data  # type: ignore[method-assign]
 
     def close(self) -> None:
-        """Take the hook out again."""
+        """Take the hook out again; what is saved after the fit still holds the loaders as of the last batch."""
         self._loop.__dict__.pop("setup_data", None)
+        if self._loaders:
+            states, loader = self._loaders[-1]._state_dicts(), copy.copy(self._loaders[-1])
+            loader._state_dicts = lambda: states
+            self._loop._combined_loader = loader
         for loader in self._loaders:
             loader.__dict__.pop("_state_dicts", None)
 
@@ -409,6 +428,10 @@ class Fetcher:
     def teardown(self) -> None:
         """Stop the workers of the loader."""
         self._inner.teardown()
+
+    def setup(self, combined_loader: Any) -> None:
+        """Take the loaders."""
+        self._inner.setup(combined_loader)
 
     def reset(self) -> None:
         """Lightning's name for forgetting the position."""

@@ -118,13 +118,16 @@ class Shards:
         """The whole module's state dict on rank 0, an empty one elsewhere; its keys are those of the plain module."""
         if self._replicas is not None and self._replicas.index:
             return {}
-        state = self._module.state_dict()
-        mine = {name: value for name, value in state.items() if self.is_mine(name)}
+        names, mine = list(self._module.state_dict()), self.own_state_dict()
         parts = [mine] if self._comm is None else self._comm.gather(mine)
         if parts is None:
             return {}
         whole = {name: value for part in parts for name, value in part.items()}
-        return {name: whole[name] for name in state}
+        return {name: whole[name] for name in names}
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """This rank's part of the state dict."""
+        return {name: value for name, value in self._module.state_dict().items() if self.is_mine(name)}
 
     def take_groups(self, optimizer: Optimizer) -> Groups:
         """Leave only this rank's parameters in the optimizer's groups; returns the names of all, group by group."""
@@ -148,15 +151,8 @@ class Shards:
         """The state dict that the optimizer would have with all parameters; on rank 0, an empty one elsewhere."""
         if self._replicas is not None and self._replicas.index:
             return {}
-        local = optimizer.state_dict()
-        mine = [[name for name in group if self.is_mine(name)] for group in groups]
-        named = {
-            name: local["state"][index]
-            for group, names in zip(local["param_groups"], mine, strict=True)
-            for index, name in zip(group["params"], names, strict=True)
-            if index in local["state"]
-        }
-        parts = [named] if self._comm is None else self._comm.gather(named)
+        local = self.own_optimizer_state(optimizer, groups)
+        parts = [local["state"]] if self._comm is None else self._comm.gather(local["state"])
         if parts is None:
             return {}
         whole = {name: state for part in parts for name, state in part.items()}
@@ -166,10 +162,22 @@ class Shards:
             **local,
             "state": {number: whole[name] for number, name in enumerate(order) if name in whole},
             "param_groups": [
-                {**group, "params": [next(numbers) for _ in names]}
-                for group, names in zip(local["param_groups"], groups, strict=True)
+                {**group, "params": [next(numbers) for _ in group["params"]]} for group in local["param_groups"]
             ],
         }
+
+    def own_optimizer_state(self, optimizer: Optimizer, groups: Groups) -> dict[str, Any]:
+        """The state dict by names, of this rank's parameters; its groups name all."""
+        local = optimizer.state_dict()
+        mine = [[name for name in group if self.is_mine(name)] for group in groups]
+        state = {
+            name: local["state"][index]
+            for group, names in zip(local["param_groups"], mine, strict=True)
+            for index, name in zip(group["params"], names, strict=True)
+            if index in local["state"]
+        }
+        pairs = zip(local["param_groups"], groups, strict=True)
+        return {**local, "state": state, "param_groups": [{**group, "params": names} for group, names in pairs]}
 
     def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any], groups: Groups) -> None:
         """Load this rank's part of a whole state dict.
@@ -186,10 +194,8 @@ class Shards:
             )
         order = [name for group in groups for name in group]
         mine = [name for name in order if self.is_mine(name)]
-        numbers = {name: number for number, name in enumerate(order)}
-        parts = {
-            index: state["state"][numbers[name]] for index, name in enumerate(mine) if numbers[name] in state["state"]
-        }
+        keys = dict(zip(order, (key for group in state["param_groups"] for key in group["params"]), strict=True))
+        parts = {index: state["state"][keys[name]] for index, name in enumerate(mine) if keys[name] in state["state"]}
         counter = iter(range(len(mine)))
         saved = [
             {**group, "params": [next(counter) for name in names if self.is_mine(name)]}
@@ -198,23 +204,43 @@ class Shards:
         optimizer.load_state_dict({**state, "state": parts, "param_groups": saved})
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of every generator of this process, in types that `torch.load(weights_only=True)` takes."""
-    legacy: Any = numpy.random.get_state()
-    name, keys, *rest = legacy
-    of_numpy = (name, torch.from_numpy(keys.astype(numpy.int64)), *rest)
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": of_numpy}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+class Generators:
+    """The random state of this process, in types that `torch.load(weights_only=True)` takes.
+
+    Args:
+        device: whose generator counts besides those of the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def state(self) -> dict[str, Any]:
+        """The state of every generator."""
+        legacy: Any = numpy.random.get_state()
+        name, keys, *rest = legacy
+        of_numpy = (name, torch.from_numpy(keys.astype(numpy.int64)), *rest)
+        state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": of_numpy}
+        return state | ({"cuda": torch.cuda.get_rng_state(self._device)} if self._device.type == "cuda" else {})
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Put every generator back to where it was."""
+        torch.set_rng_state(state["torch"])
+        random.setstate(state["python"])
+        name, keys, *rest = state["numpy"]
+        numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
+        if self._device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self._device)
 
 
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """The inverse of `random_state`."""
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def by_names(state: Mapping[str, Any], groups: Groups) -> dict[str, Any]:
+    """The state dict of an optimizer that holds all parameters, by their names."""
+    keys = (key for group in state["param_groups"] for key in group["params"])
+    names = dict(zip(keys, (name for group in groups for name in group), strict=True))
+    return {
+        **state,
+        "state": {names[key]: value for key, value in state["state"].items()},
+        "param_groups": [{**group, "params": part} for group, part in zip(state["param_groups"], groups, strict=True)],
+    }
 
 
 def _swap(tensor: Tensor, value: Tensor) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from lightning_tspipe._lightning import Fetcher, SignalLink, rows_drawn, set_rows_drawn
+from lightning_tspipe.checkpoint import Generators
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, BatchInfo, End
 
@@ -86,6 +88,8 @@ class LeadingFeed(Feed):
         make: turns what the loader gave into (the prepared batch, its `Batch`).
         announce: sends a header to the other ranks.
         is_last_step: whether training ends with the current batch, so that no next one is fetched.
+        generators: of this process.
+        restore: states to put them back to, one before each of the first fetches.
     """
 
     def __init__(
@@ -96,30 +100,54 @@ class LeadingFeed(Feed):
         make: Callable[[Any], tuple[Any, Batch]],
         announce: Callable[[BatchInfo | End], None],
         is_last_step: Callable[[], bool],
+        generators: Generators,
+        restore: Iterable[Any] = (),
     ) -> None:
         super().__init__(inner, signals, on_begin)
         self._make, self._announce, self._is_last_step = make, announce, is_last_step
+        self._generators, self._restore = generators, deque(restore)
+        self._untouched: Any = generators.state()  # while nothing has been fetched
         self._raws: dict[int, Any] = {}
+        self._random: dict[int, Any] = {}  # before a batch was fetched
         self._states: dict[int, list[Any]] = {}  # of the loaders, when a batch had been fetched
 
     def begin(self) -> None:
         """Forget what was looked ahead in the pass before."""
         super().begin()
         self._raws.clear()
+        self._random.clear()
         self._states.clear()
+
+    def __iter__(self) -> LeadingFeed:
+        """Begin a pass; one after which nothing was fetched, as in a resume at the end of an epoch, counts for none."""
+        if self._untouched is not None:
+            self._generators.restore(self._untouched)
+        super().__iter__()
+        return self
 
     def advance(self) -> tuple[Any, bool]:
         """Fetch and announce before the step begins, so that the others hear of it while this rank works."""
         self._fill(self.depth + 1)
-        before = self.current
+        done = self.current
         result = super().advance()
-        if before is not None:
-            self._states.pop(before.info.index, None)
+        if done is not None:
+            self._states.pop(done.info.index, None)
+        assert self.current is not None
+        self._random.pop(self.current.info.index, None)
         return result
 
     def loader_states(self) -> list[Any]:
         """The state of each loader that has one, as of the current batch: what was looked ahead is fetched again."""
-        return self.states_now() if self.current is None else self._states[self.current.info.index]
+        finished = self.length is None and bool(self._queue) and isinstance(self._queue[0], End)
+        if self.current is None or finished:  # a loader without length has been asked for one more
+            return self.states_now()
+        return self._states[self.current.info.index]
+
+    def ahead(self) -> list[Any] | None:
+        """The random state before each batch that was looked ahead was fetched; None between two passes."""
+        if self.current is None or self.done:
+            return None
+        return [self._random[batch.info.index] for batch in self._queue if isinstance(batch, Batch)]
 
     def _fill(self, count: int) -> None:
         while len(self._queue) < count and not (self._queue and isinstance(self._queue[-1], End)):
@@ -127,13 +155,18 @@ class LeadingFeed(Feed):
 
     def _fetch(self) -> Batch | End:
         entry: Batch | End = End()
+        self._untouched = None
+        if self._restore:
+            self._generators.restore(self._restore.popleft())
         if self._signals.due:
             entry = End(terminate=True)
         elif self._is_within() and not (self._queue and self._is_last_step()):
             try:
+                random = self._generators.state()
                 raw, entry = self._make(next(self._inner)[0])
-                self._raws[entry.info.index] = raw
-                self._states[entry.info.index] = self.states_now()
+                index = entry.info.index
+                self._raws[index], self._random[index] = raw, random
+                self._states[index] = copy.deepcopy(self.states_now())  # the loader may go on changing it
             except StopIteration:
                 entry = End()
         self._announce(entry if isinstance(entry, End) else entry.info)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from lightning_tspipe import _lightning
+from lightning_tspipe.checkpoint import Generators
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, make_batch
 from lightning_tspipe.feed import Feed, FollowingFeed, LeadingFeed
@@ -63,18 +64,21 @@ class Fitting:
         self._hooks = TrainingHooks(trainer, module, self._signals)
         self._feed: Feed | None = None
         self._loaded = 0
+        self._generators = Generators(stage.device)
         self._undo: list[Callable[[], None]] = [self._signals.close]
         self.in_step = False
 
-    def connect(self, places: tuple[dict[int, int], int], before_loading: Callable[[], None]) -> None:
+    def connect(self, places: tuple[dict[int, int], int], before_loading: Callable[[], list[Any]]) -> None:
         """Put this rank's parts into Lightning's loop.
 
         Args:
             places: of this rank's parameters among all of the optimizer (`Shards.places`).
-            before_loading: called before a loader is iterated for the first time.
+            before_loading: called before a loader is iterated for the first time; gives `LeadingFeed`'s `restore` for
+                a pass that is resumed in its middle.
         """
         trainer = self._trainer
-        link = _lightning.LoaderLink(trainer, self._make_feed, before_loading)
+        self._before_loading = before_loading
+        link = _lightning.LoaderLink(trainer, self._make_feed)
         _lightning.take_over_backward(trainer, True)
         self._undo += [link.close, partial(_lightning.take_over_backward, trainer, False)]
         self._undo.append(_lightning.skip_preparation(trainer, self.is_stand_in))
@@ -137,6 +141,10 @@ class Fitting:
         if self._feed is not None:
             self._feed.settle()
 
+    def ahead(self) -> list[Any] | None:
+        """See `LeadingFeed.ahead`; what a checkpoint holds of the rank that loads."""
+        return self._feed.ahead() if isinstance(self._feed, LeadingFeed) else None
+
     def is_stand_in(self, batch: Any) -> bool:
         """Whether this is the current batch as Lightning was given it, which is prepared already, or has no memory."""
         return self._feed is not None and batch is self._feed.stand_in
@@ -145,14 +153,19 @@ class Fitting:
         return self._module.version_of(step, default_delay=1)
 
     def _make_feed(self, inner: Any) -> Feed:
+        restore: list[Any] = []
         if self._feed is not None:
             self._feed.settle()
-        self._begin_pass()
+        else:
+            restore = self._before_loading()
         if self._comm is not None and self._topology.stage:
             self._feed = FollowingFeed(inner, self._signals, self._begin_pass, self._comm)
         else:
             announce = self._comm.send_header if self._comm is not None else lambda header: None
-            self._feed = LeadingFeed(inner, self._signals, self._begin_pass, self._load, announce, self._is_last_step)
+            self._feed = LeadingFeed(
+                inner, self._signals, self._begin_pass, self._load, announce, self._is_last_step, self._generators,
+                restore if self._trainer.fit_loop.restarting else (),
+            )  # fmt: skip
         return self._feed
 
     def _begin_pass(self) -> None:

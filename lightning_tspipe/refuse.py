@@ -28,7 +28,9 @@ SEVERAL_OPTIMIZERS = (
 )
 
 
-def check_strategy_arguments(stages: object, balance: object, start_method: str, backend: str | None) -> None:
+def check_strategy_arguments(
+    stages: object, balance: object, start_method: str, backend: str | None, state_dict_type: str
+) -> None:
     """Raises ValueError for a constructor argument of the strategy that can never work."""
     if stages != "auto" and (not isinstance(stages, int) or stages < 1):
         raise ValueError(f'stages={stages!r}: give a number of at least 1, or "auto"')
@@ -37,6 +39,7 @@ def check_strategy_arguments(stages: object, balance: object, start_method: str,
     for name, value, choices in (
         ("start_method", start_method, ("popen", "spawn", "fork", "forkserver")),
         ("process_group_backend", backend, (None, "nccl", "gloo")),
+        ("state_dict_type", state_dict_type, ("full", "sharded")),
     ):
         if value not in choices:
             raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(map(repr, choices))}")

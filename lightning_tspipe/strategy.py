@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from lightning_tspipe import _lightning
 from lightning_tspipe.board import FailureBoard
-from lightning_tspipe.checkpoint import KEY, Groups, Shards, random_state, set_random_state
+from lightning_tspipe.checkpoint import Shards
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.errors import PipelineError
 from lightning_tspipe.feed import SharedLoader, SilentLoader
@@ -32,15 +32,15 @@ from lightning_tspipe.fitting import Fitting
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.partition import Balance, partition
 from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
-from lightning_tspipe.processes import ProcessStrategy
 from lightning_tspipe.refuse import SEVERAL_OPTIMIZERS, check_optimizers, check_strategy_arguments, check_trainer
 from lightning_tspipe.replicas import Replicas
+from lightning_tspipe.saving import CheckpointStrategy
 from lightning_tspipe.schedule import Costs, Schedule
 from lightning_tspipe.stage import Network, Stage
 from lightning_tspipe.topology import Topology
 
 
-class TSPipeStrategy(ProcessStrategy):
+class TSPipeStrategy(CheckpointStrategy):
     """Trains a `TeacherStudentModule` as a pipeline whose bubbles are filled with the teacher of the next batch.
 
     Args:
@@ -52,6 +52,7 @@ class TSPipeStrategy(ProcessStrategy):
         start_method: "popen", "spawn", "fork" or "forkserver", as in DDPStrategy.
         process_group_backend: "nccl" or "gloo"; None takes nccl on GPUs and gloo elsewhere.
         timeout: how long one message may take.
+        state_dict_type: of checkpoints: "full" is one file, "sharded" a folder to which each rank writes its own part.
 
     Raises:
         ValueError: microbatches or schedule is unknown.
@@ -68,6 +69,7 @@ class TSPipeStrategy(ProcessStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        state_dict_type: Literal["full", "sharded"] = "full",
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -76,19 +78,14 @@ class TSPipeStrategy(ProcessStrategy):
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         check_plan_arguments(microbatches, schedule)
-        check_strategy_arguments(stages, balance, start_method, process_group_backend)
+        check_strategy_arguments(stages, balance, start_method, process_group_backend, state_dict_type)
         self._stages, self._microbatches, self._schedule, self._balance = stages, microbatches, schedule, balance
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
         self._board: FailureBoard | None = None
-        self._comm: Comm | None = None
-        self._shards: Shards | None = None
+        self._state_dict_type = state_dict_type
         self._stage: Stage | None = None
-        self._fitting: Fitting | None = None
-        self._groups: Groups = []
         self._undo: list[Callable[[], None]] = []
         self._failed = False
-        self._seed = 0
-        self._resumed: Mapping[str, Any] = {}  # what a checkpoint holds of ours
 
     @classmethod
     @override
@@ -155,7 +152,7 @@ class TSPipeStrategy(ProcessStrategy):
                 trainer, module, self._stage, self._comm, planner, self._microbatches, topology,
                 self._shards.trained(), self._replicas,
             )  # fmt: skip
-            self._fitting.connect(self._shards.places(self._groups), self._restore_random_state)
+            self._fitting.connect(self._shards.places(self._groups), self._restore_random_states)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _lightning.optimizers_to_device(self.optimizers, self.root_device)
@@ -273,47 +270,6 @@ class TSPipeStrategy(ProcessStrategy):
         return self._comm.chain(lambda value: stage.run(network, value), inputs)
 
     @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        return super().lightning_module_state_dict() if self._shards is None else self._shards.state_dict()
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        optimizer = _lightning.plain_optimizer(optimizer)
-        if self._shards is None:  # after fit, when it is whole again
-            return super().optimizer_state(optimizer)
-        return self._shards.optimizer_state(optimizer, self._groups)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        assert self._shards is not None
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            self._shards.load_optimizer_state(optimizer, state, self._groups)
-            _lightning.optimizers_to_device([optimizer], self.root_device)
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if "optimizer_states" in checkpoint:
-            checkpoint[KEY] = {"seed": self._seed, **self._random_states()}
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    @override
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(*args, **kwargs)
-        self._resumed = checkpoint.get(KEY, {})
-        return checkpoint
-
-    def _random_states(self) -> dict[str, Any]:
-        """Where the generators of the rank that loads and of the one that runs `loss` are."""
-        state = random_state(self.root_device)
-        states = [state] if self._comm is None else self._comm.gather(state)
-        return {"first": states[0], "last": states[-1]} if states else {}
-
-    def _restore_random_state(self) -> None:
-        for name, mine in (("last", self._topology.is_last), ("first", self._topology.stage == 0)):
-            if mine and name in self._resumed:
-                set_random_state(self._resumed[name], self.root_device)
-
-    @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
         if self._board is not None and not isinstance(exception, PipelineError | SystemExit):
@@ -329,6 +285,7 @@ class TSPipeStrategy(ProcessStrategy):
     def teardown(self) -> None:
         fitting, self._fitting = self._fitting, None
         if fitting is not None:
+            self._ahead = fitting.ahead()
             fitting.close()
         for undo in reversed(self._undo):
             undo()

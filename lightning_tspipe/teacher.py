@@ -63,6 +63,10 @@ class cosine_momentum:
         return self.end - (self.end - self.start) * (math.cos(math.pi * share) + 1) / 2
 
 
+# as a hyperparameter it is in checkpoints, which are loaded with weights_only=True
+torch.serialization.add_safe_globals([cosine_momentum])
+
+
 def check_momentum(value: float) -> float:
     """Return a momentum that lies in [0, 1]; raise ValueError for any other."""
     if not 0 <= value <= 1:

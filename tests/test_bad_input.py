@@ -269,6 +269,7 @@ def test_refused_module_arguments(options: dict[str, Any]) -> None:
         {"stages": "all"},
         {"balance": "speed"},
         {"start_method": "thread"},
+        {"state_dict_type": "half"},
         {"process_group_backend": "carrier-pigeon"},
     ],
     ids=str,

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_tspipe import TSPipeStrategy
+from lightning_tspipe import TSPipeStrategy, cosine_momentum
 from tests.multiproc import result_of
 from tests.scripts.small import Small, loader, network, trainer
 from tests.scripts.zygote import Zygote
@@ -90,14 +90,15 @@ def test_resumed_training_is_uninterrupted_training(tmp_path: Path, module: dict
     def trainings() -> None:
         fit(tmp_path / "whole", 2, 3, **module)
         for before, after in ((2, 2), (2, 3), (3, 1), (1, 2)):
-            folder = tmp_path / f"{before} {after}"
-            first = fit(folder / "first", before, 1, **module)
+            folder, first = tmp_path / f"{before} {after}", tmp_path / "whole/epoch=0.ckpt"
+            if before != 2:
+                first = fit(folder / "first", before, 1, **module)
             fit(folder, after, 3, first, **module)
 
     result_of(trainings, timeout=100)
     expected = read(tmp_path / "whole/epoch=2.ckpt")
     assert expected["global_step"] == 3 * 8
-    start = read(tmp_path / "2 2/first/epoch=0.ckpt")
+    start = read(tmp_path / "whole/epoch=0.ckpt")
     assert not torch.equal(start["state_dict"]["student.0.weight"], expected["state_dict"]["student.0.weight"])
     for name in ("2 2", "2 3", "3 1", "1 2"):
         for part in PARTS:
@@ -163,6 +164,99 @@ class TestTeacher:
         torch.save(content, file)
         with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "student\.1\.bias"\.'):
             Exact.load_from_checkpoint(file)
+
+
+class Tuned(Exact):
+    """Has hyperparameters, among them the momentum, logs, and evaluates."""
+
+    def __init__(self, momentum: Any = None) -> None:
+        super().__init__(momentum=momentum, teacher_delay=1, adam=True)
+        self.save_hyperparameters()
+
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Any:
+        loss = super().loss(student_out, teacher_out, target)
+        self.log("gap", (loss.detach() * 1e4) % 1, on_epoch=True)  # neither rises nor falls
+        return loss
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("out", self.student(batch[0].double()).sum())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.student(batch[0].double()).sum())
+
+
+def keep(rank: int, out: Path, twin: bool = False) -> None:
+    """One rank that uses all of `ModelCheckpoint`, every way to load, and `save_checkpoint` after `fit`."""
+    best = ModelCheckpoint(out, "{epoch}-{gap:.6f}", "gap", save_top_k=2, save_last=True)
+    often = ModelCheckpoint(out, "step-{step}", every_n_train_steps=12, save_top_k=-1, save_weights_only=True)
+    stopping = EarlyStopping("gap", patience=9)
+
+    def make(epochs: int, *callbacks: Any) -> Any:
+        strategy: Any = "auto" if twin else TSPipeStrategy(microbatches=1)
+        return trainer(1 if twin else 2, strategy, max_epochs=epochs, callbacks=[*callbacks], enable_checkpointing=True)
+
+    run, module = make(4, best, often, stopping), Tuned(cosine_momentum(0.9, 1.0, 40))
+    run.fit(module, loader(), loader(8))
+    run.save_checkpoint(out / "after.ckpt")
+    run.save_checkpoint(out / "light.ckpt", weights_only=True)
+    seen: dict[str, Any] = {
+        "best": best.best_model_path,
+        "last": best.last_model_path,
+        "score": float(best.best_model_score),
+    }
+    run.test(module, loader(8), ckpt_path="best", verbose=False)
+    seen["out"] = float(run.callback_metrics["out"])
+    run.validate(module, loader(8), ckpt_path="last", verbose=False)
+    seen["val"] = float(run.callback_metrics["val"])
+    seen["predicted"] = run.predict(module, [next(iter(loader(8)))[0].double()], ckpt_path=out / "light.ckpt")
+    for path in (out / "after.ckpt", out / "last.ckpt"):
+        again = make(5, ModelCheckpoint(out, f"{path.stem} {{epoch}}"), EarlyStopping("gap", patience=9))
+        again.fit(Tuned(cosine_momentum(0.9, 1.0, 40)), loader(), loader(8), ckpt_path=path)
+        seen[f"waited {path.stem}"] = again.early_stopping_callback.wait_count
+    partial = read(out / "light.ckpt")
+    del partial["state_dict"]["student.1.bias"]
+    run.strategy.barrier()
+    if rank == 0:
+        torch.save(partial, out / "partial.ckpt")
+    run.strategy.barrier()
+    with pytest.raises(RuntimeError, match=r"student\.1\.bias"):
+        make(1).test(Tuned(), loader(8), ckpt_path=out / "partial.ckpt", verbose=False)
+    lenient = Tuned()
+    lenient.strict_loading = False
+    make(1).test(lenient, loader(8), ckpt_path=out / "partial.ckpt", verbose=False)
+    torch.save(seen, out / f"{rank}.seen")
+
+
+def test_model_checkpoint_and_every_way_to_load_are_those_of_plain_lightning(zygote: Zygote, tmp_path: Path) -> None:
+    """The same files with the same values, the same best and last one, the same results, on every rank."""
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "auto").mkdir()
+    result_of(lambda: keep(0, tmp_path / "auto", twin=True))
+    assert zygote.run("tests.test_checkpoint:keep", 2, tmp_path / "pipe") == [0, 0]
+
+    def seen(folder: str, rank: int) -> Any:
+        found = torch.load(tmp_path / folder / f"{rank}.seen")
+        return {str(key).replace(folder, ""): str(value).replace(folder, "") for key, value in found.items()}
+
+    assert seen("pipe", 0) == seen("pipe", 1) == seen("auto", 0)
+    names = sorted(path.name for path in (tmp_path / "auto").glob("*.ckpt"))
+    assert names == sorted(path.name for path in (tmp_path / "pipe").glob("*.ckpt"))
+    assert sum(name.startswith("epoch=") for name in names) == 2
+    assert {"last.ckpt", "step-step=12.ckpt", "after epoch=4.ckpt", "last epoch=4.ckpt"} < set(names)
+    for name in names:
+        ours, plain = read(tmp_path / "pipe" / name), read(tmp_path / "auto" / name)
+        assert set(ours) - {"tspipe"} == set(plain)
+        assert ("tspipe" in ours) == ("optimizer_states" in plain)
+        for part in (*PARTS, "loops", "hyper_parameters"):
+            if part in plain:
+                assert_same(ours, plain, part)
+    for part in PARTS:  # a file that was written after `fit` resumes like one from within
+        after, last = (read(tmp_path / f"pipe/{name} epoch=4.ckpt") for name in ("after", "last"))
+        assert_same(after, last, part)
+    module = Tuned.load_from_checkpoint(tmp_path / "pipe/last.ckpt")
+    assert module.hparams.momentum == module.momentum == cosine_momentum(0.9, 1.0, 40)
+    last = read(tmp_path / "pipe/last.ckpt")["state_dict"]
+    assert all(torch.equal(value, last[name]) for name, value in module.state_dict().items())
 
 
 class Regrouped(Exact):

@@ -42,6 +42,7 @@ class Loader:
 
     def __init__(self, batches: int, sized: bool, fails_at: int = 0) -> None:
         self.batches, self.length, self.asked, self.fails_at = batches, batches if sized else None, 0, fails_at
+        self.live_state = {"asked": 0, "ended": False}
 
     def __iter__(self) -> Iterator[Any]:
         self.asked = 0
@@ -49,17 +50,22 @@ class Loader:
 
     def __next__(self) -> Any:
         if self.asked >= self.batches:
+            self.live_state["ended"] = True
             raise StopIteration
         self.asked += 1
+        self.live_state["asked"] = self.asked
         if self.asked == self.fails_at:
             raise OSError("a broken file")
         return torch.full((2, 1), float(self.asked)), self.asked - 1, 0
 
 
 class Case:
-    """A leading feed over a `Loader`, and the headers that it sent."""
+    """A leading feed over a `Loader`, and the headers that it sent; also a generator, which counts what it drew."""
 
-    def __init__(self, batches: int, sized: bool = True, last_step: int = 0, fails_at: int = 0) -> None:
+    def __init__(
+        self, batches: int, sized: bool = True, last_step: int = 0, fails_at: int = 0, to_restore: Any = ()
+    ) -> None:
+        self.drawn, self.noise = 0, list[int]()
         self.headers: list[BatchInfo | End] = []
         self.loader, self.signals, self.loaded, self.last_step = (
             Loader(batches, sized, fails_at),
@@ -68,12 +74,21 @@ class Case:
             last_step,
         )
         self.feed = LeadingFeed(  # type: ignore[arg-type]
-            self.loader, self.signals, lambda: None, self.make, self.headers.append, self.is_last
+            self.loader, self.signals, lambda: None, self.make, self.headers.append, self.is_last, self, to_restore
         )  # fmt: skip
+        self.feed.states_now = lambda: [self.loader.live_state]
         iter(self.feed)
+
+    def state(self) -> int:
+        return self.drawn
+
+    def restore(self, state: int) -> None:
+        self.drawn = state
 
     def make(self, raw: Any) -> tuple[Any, Batch]:
         self.loaded += 1
+        self.noise.append(self.drawn)
+        self.drawn += 1
         return raw, make_batch(self.loaded, raw, raw, raw, None, 2, fixed=True)
 
     def is_last(self) -> bool:
@@ -139,6 +154,62 @@ def test_an_empty_loader() -> None:
     with pytest.raises(StopIteration):
         next(case.feed)
     assert case.headers == [End()]
+
+
+# --- what a checkpoint holds
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_loader_states_are_those_of_the_current_batch(sized: bool) -> None:
+    """Whatever was looked ahead; and what a loader changes later is not seen."""
+    case = Case(4, sized)
+    assert case.feed.loader_states() == [{"asked": 0, "ended": False}]
+    for _ in range(2):
+        for number in (1, 2, 3, 4):
+            case.step()
+            # a loader without length has been asked for one more batch than there are, as under plain Lightning
+            assert case.feed.loader_states() == [{"asked": number, "ended": not sized and number == 4}]
+            assert len(case.feed._states) <= 1 + case.feed.depth
+        iter(case.feed)
+        case.loader.live_state.update(asked=0, ended=False)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4, 5])
+@pytest.mark.parametrize(("sized", "last_step"), [(True, 0), (False, 0), (True, 5)])
+def test_a_resumed_pass_draws_the_same_numbers(sized: bool, last_step: int, stop: int) -> None:
+    """While batches are fetched, and between steps; a resume fetches again what was looked ahead."""
+
+    def steps(case: Case, count: int) -> list[float]:
+        found = []
+        for _ in range(count):
+            found.append(case.step()[0])
+            case.drawn += 100  # a hook
+        return found
+
+    total = last_step or 6
+    whole = Case(6, sized, last_step)
+    expected = steps(whole, total)
+    first = Case(6, sized, last_step)
+    steps(first, stop)
+    (state,), ahead, now = first.feed.loader_states(), first.feed.ahead(), first.drawn
+    assert ahead is not None
+    assert len(ahead) == min(first.feed.depth, total - stop)
+    second = Case(6, sized, last_step, to_restore=[*ahead, now])
+    second.loader.asked = state["asked"]
+    second.feed.fetched = stop  # Lightning's doing
+    second.drawn = -1
+    assert steps(second, total - stop) == expected[stop:]
+    assert second.noise == whole.noise[stop:]
+    assert stop == total or second.drawn == whole.drawn
+
+
+def test_between_two_passes_nothing_was_looked_ahead() -> None:
+    case = Case(2)
+    assert case.feed.ahead() is None
+    case.step()
+    assert case.feed.ahead() == [1]
+    case.step()
+    assert case.feed.ahead() is None
 
 
 # --- the other ranks

@@ -24,11 +24,14 @@ ORDER = (
     # one rank at work
     *("stage", "data", "board", "comm", "replicas", "logrelay", "checkpoint", "runtime"),
     # what meets Lightning
-    *("_lightning", "whole", "module", "processes", "feed", "training", "fitting", "refuse", "strategy", "cli"),
-    "__init__",
+    *("_lightning", "whole", "module", "processes", "feed", "training", "fitting", "files", "sharded", "saving"),
+    *("refuse", "strategy", "cli", "__init__"),
 )
 STDLIB_ONLY = {"errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders"}
-KNOW_LIGHTNING = {"_lightning", "module", "processes", "training", "fitting", "refuse", "strategy", "cli", "__init__"}
+KNOW_LIGHTNING = {
+    *("_lightning", "module", "processes", "training", "fitting", "files", "saving", "refuse", "strategy", "cli"),
+    "__init__",
+}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
 COMMUNICATES = re.compile(r"send|recv|broadcast|reduce|gather|scatter|all_to_all|barrier|P2POp")

@@ -29,6 +29,9 @@ MODULE_NAMES = {
     "_call_lightning_module_hook": "lightning.pytorch.trainer.call",
     "_IndexBatchSamplerWrapper": "lightning.pytorch.overrides.distributed",
     "_get_total_norm": "torch.nn.utils.clip_grad",
+    "_select_data_fetcher": "lightning.pytorch.loops.fit_loop",
+    "_PrefetchDataFetcher": "lightning.pytorch.loops.fetchers",
+    "_WrappingCheckpointIO": "lightning.pytorch.plugins.io.wrapper",
 }
 PARAMETERS = {
     "_init_dist_connection": ("cluster_environment", "torch_distributed_backend", "kwargs"),
@@ -38,6 +41,9 @@ PARAMETERS = {
     "_call_lightning_module_hook": ("trainer", "hook_name"),
     "_IndexBatchSamplerWrapper": ("batch_sampler",),
     "_get_total_norm": ("tensors", "norm_type", "error_if_nonfinite", "foreach"),
+    "_select_data_fetcher": ("trainer", "stage"),
+    "_PrefetchDataFetcher": ("prefetch_batches",),
+    "_WrappingCheckpointIO": ("checkpoint_io",),
 }
 # private attributes of objects, tested below by name
 ATTRIBUTES = {
@@ -128,7 +134,7 @@ def test_the_closure_asks_for_skip_backward(parts: dict[str, Any], name: str) ->
 def test_fetchers_are_what_ours_stands_for() -> None:
     ours, theirs = _lightning.Fetcher, _DataFetcher
     wanted = {name for name in vars(theirs) if not name.startswith("_") and callable(getattr(theirs, name))}
-    missing = {name for name in wanted if not hasattr(ours, name)} - {"setup"}
+    missing = {name for name in wanted if not hasattr(ours, name)}
     assert not missing, "Lightning's fetchers have methods that ours lack"
 
 
