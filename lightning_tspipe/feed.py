@@ -204,10 +204,17 @@ class SharedLoader(SilentLoader):
 
     def __iter__(self) -> Iterator[Any]:
         source = iter(self._loader) if self._comm.stage == 0 else None
-        while True:
-            # a batch travels as a list of one, the end as an empty list
+        sampler: Any = getattr(self._loader, "batch_sampler", None)
+        for number in itertools.count():
+            # a batch travels in a list with the indices of its rows, the end as an empty list
             found = [] if source is None else list(itertools.islice(source, 1))
-            batch = self._comm.share(found, 0)
-            if not batch:
+            if found:
+                seen = getattr(sampler, "seen_batch_indices", None)  # in `predict` Lightning's sampler notes them
+                found.append(seen[number] if seen else None)
+            found = self._comm.share(found, 0)
+            if not found:
                 return
-            yield batch[0]
+            batch, rows = found
+            if source is None and rows is not None:
+                sampler.seen_batch_indices = [*(sampler.seen_batch_indices if number else []), rows]
+            yield batch
