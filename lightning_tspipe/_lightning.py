@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, cast
@@ -17,12 +17,13 @@ from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.callbacks import LearningRateFinder, ThroughputMonitor
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops import fit_loop
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -206,6 +207,36 @@ def profiler_span(trainer: pl.Trainer) -> Callable[[str], AbstractContextManager
     """What makes a span of the trainer's profiler, None if there is none."""
     profiler = trainer.profiler  # type: ignore[attr-defined]
     return None if isinstance(profiler, PassThroughProfiler) else profiler.profile
+
+
+def count_pipelines(trainer: pl.Trainer, stages: int) -> None:
+    """A ThroughputMonitor multiplies what one rank sees by the number of ranks, but all stages see the same batch."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ThroughputMonitor):
+            for throughput in callback._throughputs.values():
+                throughput.world_size = trainer.world_size // stages
+                throughput.available_flops = callback.available_flops and callback.available_flops * stages
+
+
+def loses_what_it_tunes(trainer: pl.Trainer, callback: pl.Callback) -> bool:
+    """Whether a callback is `Tuner.lr_find`'s, which ends the fit, in processes that end with it."""
+    tunes = isinstance(callback, LearningRateFinder) and callback._early_exit
+    return tunes and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+@contextmanager
+def without_profiler_hooks(trainer: pl.Trainer) -> Iterator[None]:
+    """The modules without the hooks that PyTorchProfiler puts on each of them to record its name."""
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    register = profiler._register if isinstance(profiler, PyTorchProfiler) else None
+    if register is None:
+        yield
+        return
+    register.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        register.__enter__()
 
 
 def call_hook(trainer: pl.Trainer, name: str, *args: Any) -> Any:

@@ -103,6 +103,11 @@ class Fitting:
         for undo in reversed(self._undo):
             undo()
 
+    @property
+    def before_training(self) -> bool:
+        """Whether the training loop has not begun, and no sanity check runs."""
+        return self._feed is None and bool(self._trainer.training)
+
     def begin(self) -> None:
         """Training begins, or goes on: the teacher holds the version that the next step uses."""
         if self._teacher is not None:

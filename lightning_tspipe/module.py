@@ -101,6 +101,7 @@ class TeacherStudentModule(pl.LightningModule):
         super().__setattr__(name, value)
         if name == "teacher" and isinstance(value, nn.Module):
             value.requires_grad_(False)  # here, since DDP looks for trainable parameters before any step runs
+            value.train(self.training and self.teacher_mode == "train")
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,6 +168,8 @@ class TeacherStudentModule(pl.LightningModule):
             self.teacher.train(self.teacher_mode == "train")
         optimizer = self.optimizers(use_pl_optimizer=False)
         if optimizer is self._twin_optimizer:
+            if self._momentum_teacher is not None and self._momentum_teacher.version >= step:
+                self._momentum_teacher.version = self.version_of(step, default_delay=0)  # the LR finder went back
             return
         assert isinstance(optimizer, torch.optim.Optimizer)
         self.check_networks()

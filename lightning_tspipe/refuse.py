@@ -7,21 +7,31 @@ from collections.abc import Iterator
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import LBFGS, Optimizer
 
-from lightning_tspipe._lightning import logs_graph
+from lightning_tspipe import _lightning
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.partition import BALANCES
 
 _AVERAGES = "it averages the whole model, which no rank holds. Average the saved checkpoints instead"
+_FINETUNES = "it adds parameter groups while training. Give all groups in configure_optimizers"
+_ON_EXCEPTION = (
+    "when one rank fails the others are in the middle of a step, so no whole model can be saved. Save in good time, by "
+    "ModelCheckpoint(every_n_train_steps=...)"
+)
 _CALLBACKS = {
     "StochasticWeightAveraging": _AVERAGES,
     "WeightAveraging": _AVERAGES,
     "EMAWeightAveraging": _AVERAGES,
     "BatchSizeFinder": "it runs trial fits that reload the whole model. Find the batch size with strategy='auto'",
-    "BackboneFinetuning": "it adds parameter groups while training. Give all groups in configure_optimizers",
+    "BackboneFinetuning": _FINETUNES,
+    "BaseFinetuning": _FINETUNES,
+    "ModelPruning": "it compares all weights, which no rank holds. Prune after fit, by torch.nn.utils.prune",
+    "OnExceptionCheckpoint": _ON_EXCEPTION,
 }
+LOW_MOMENTUM = 0.9
 SEVERAL_OPTIMIZERS = (
     "strategy='tspipe' cannot run several optimizers: the stages step once per batch. Return one optimizer with "
     "several parameter groups."
@@ -49,6 +59,23 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, devices: int,
     """Raises MisconfigurationException for a module, Trainer flag or callback that does not work in a pipeline."""
     for reason in _reasons(trainer, module, devices, stages):
         raise MisconfigurationException(f"strategy='tspipe' cannot run this: {reason}.")
+
+
+def warn_of_low_momentum(module: TeacherStudentModule) -> None:
+    """Warn, on rank 0, when being one update late keeps more than a tenth of the gap between the networks open.
+
+    A late teacher lacks the share 1 - m of that gap; m is that of the first update that comes late.
+    """
+    if module.momentum is None or module.teacher_delay == 0:
+        return
+    step = max(1, module.delay_from_step - 1)
+    momentum = module.momentum(step) if callable(module.momentum) else module.momentum
+    if momentum < LOW_MOMENTUM:
+        rank_zero_warn(
+            f"momentum is {momentum:g} at step {step}, and the pipeline's teacher is one update late: it lacks "
+            f"{1 - momentum:.0%} of its gap to the student. Use teacher_delay=0, a momentum of at least "
+            f"{LOW_MOMENTUM:g}, or delay_from_step for a synchronous start."
+        )
 
 
 def check_optimizers(optimizers: list[Optimizer]) -> None:
@@ -85,7 +112,12 @@ def _reasons(trainer: pl.Trainer, module: pl.LightningModule, devices: int, stag
         for kind in type(callback).__mro__:
             if kind.__name__ in _CALLBACKS:
                 yield f"the callback {kind.__name__}: {_CALLBACKS[kind.__name__]}"
-    if devices > 1 and logs_graph(trainer):
+        if getattr(callback, "save_on_exception", False):
+            yield f"{type(callback).__name__}(save_on_exception=True): {_ON_EXCEPTION}"
+        if _lightning.loses_what_it_tunes(trainer, callback):
+            yield ("Tuner.lr_find in processes that end with the call: what they find is lost. Use strategy='tspipe' "
+                   "in a script, or the callback LearningRateFinder, which sets the rate and goes on")  # fmt: skip
+    if devices > 1 and _lightning.logs_graph(trainer):
         yield "log_graph=True of a logger runs the whole model on rank 0 alone. Use log_graph=False"
     device = trainer.strategy.root_device
     if device.type not in ("cpu", "cuda"):

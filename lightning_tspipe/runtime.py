@@ -228,7 +228,7 @@ class Runtime:
     def _finish(self, batch: Batch) -> None:
         self._stage.norms["student"].commit(batch.info.index)
         self._stage.norms["teacher"].commit(batch.info.index)
-        self._versions.pop(batch.info.index)
+        del self._versions[batch.info.index], self._done[batch.info.index]  # the number may come again: the LR finder
         self._student_out = []
         if self._comm is not None:
             if (channel := self._comm.outward.get("F")) is not None:

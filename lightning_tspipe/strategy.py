@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -22,7 +24,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_tspipe import _lightning
+from lightning_tspipe import _lightning, tree
 from lightning_tspipe.board import FailureBoard
 from lightning_tspipe.checkpoint import Shards
 from lightning_tspipe.comm import Comm
@@ -30,9 +32,15 @@ from lightning_tspipe.errors import PipelineError
 from lightning_tspipe.feed import SharedLoader, SilentLoader
 from lightning_tspipe.fitting import Fitting
 from lightning_tspipe.module import TeacherStudentModule
-from lightning_tspipe.partition import Balance, partition
+from lightning_tspipe.partition import Balance, Partition, partition
 from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
-from lightning_tspipe.refuse import SEVERAL_OPTIMIZERS, check_optimizers, check_strategy_arguments, check_trainer
+from lightning_tspipe.refuse import (
+    SEVERAL_OPTIMIZERS,
+    check_optimizers,
+    check_strategy_arguments,
+    check_trainer,
+    warn_of_low_momentum,
+)
 from lightning_tspipe.replicas import Replicas
 from lightning_tspipe.saving import CheckpointStrategy
 from lightning_tspipe.schedule import Costs, Schedule
@@ -84,6 +92,7 @@ class TSPipeStrategy(CheckpointStrategy):
         self._board: FailureBoard | None = None
         self._state_dict_type = state_dict_type
         self._stage: Stage | None = None
+        self._partition: Partition | None = None
         self._undo: list[Callable[[], None]] = []
         self._failed = False
 
@@ -131,7 +140,8 @@ class TSPipeStrategy(CheckpointStrategy):
         self.model = self.precision_plugin.convert_module(module)
         module.train(module.training)  # gives the teacher its own mode
         source = None if module.momentum is None else module.ema_source()
-        parts = partition(module.student, module.teacher, stages, self._balance, source)
+        with _lightning.without_profiler_hooks(trainer):  # a Sequential with hooks is not cut
+            self._partition = parts = partition(module.student, module.teacher, stages, self._balance, source)
         self._connect(topology)
         self._shards = Shards(module, parts.owners(), topology.stage, self._comm, self._replicas)
         self._seed = self._resumed.get("seed", self.broadcast(torch.initial_seed()))
@@ -144,6 +154,7 @@ class TSPipeStrategy(CheckpointStrategy):
         self._stage = Stage(*mine, topology.stage, topology.stage == 0, self.root_device, seed, joint)
         self._patch(trainer, module)
         if trainer.state.fn == TrainerFn.FITTING:
+            warn_of_low_momentum(module)
             self.setup_optimizers(trainer)
             lookahead = module.momentum is None or module.teacher_delay != 0
             post_ahead = 0 if self._comm is None else self._comm.post_ahead
@@ -191,6 +202,7 @@ class TSPipeStrategy(CheckpointStrategy):
                 self._undo.append(_lightning.sync_within(metric, self._replicas.group))
             elif self._comm is not None:
                 self._undo.append(_lightning.stop_syncing(metric))
+        _lightning.count_pipelines(trainer, self._topology.stages)
         if self._replicas is None:
             _lightning.forbid_distributed_sampler(trainer)
         if self._comm is None:
@@ -266,8 +278,18 @@ class TSPipeStrategy(CheckpointStrategy):
                 "outputs that `loss` gets; in validation_step, test_step and predict_step the call works."
             )
         assert self._stage is not None and self._comm is not None
-        stage = self._stage
-        return self._comm.chain(lambda value: stage.run(network, value), inputs)
+        summary = self._fitting is not None and self._fitting.before_training and self.global_rank == 0
+        return self._comm.chain(partial(self._run_for_summary if summary else self._stage.run, network), inputs)
+
+    def _run_for_summary(self, network: Network, inputs: Any) -> Any:
+        """A summary of the model watches rank 0's layers: there those of other ranks run too, without memory."""
+        assert self._stage is not None and self._partition is not None
+        output = self._stage.run(network, inputs)
+        with suppress(RuntimeError):  # not every layer can run so; the summary then has no sizes for it
+            value = tree.map_tensors(output, lambda leaf: leaf.to("meta"))
+            for layer in chain.from_iterable(getattr(self._partition, network)[1:]):
+                value = layer.module(value)
+        return output
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -296,7 +318,7 @@ class TSPipeStrategy(CheckpointStrategy):
             if not self._failed:
                 self._comm.drain()
             self._comm.close()
-        self._comm = self._replicas = self._shards = self._stage = None
+        self._comm = self._replicas = self._shards = self._stage = self._partition = None
         if self._board is not None and self._failed:
             dist.destroy_process_group()  # wakes the peers that wait for this rank
             self._board.linger()

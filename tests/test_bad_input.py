@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +16,18 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    BaseFinetuning,
     BatchSizeFinder,
     EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy, cosine_momentum
@@ -85,29 +93,25 @@ def test_processes_that_lightning_forks_hand_the_error_to_the_script(zygote: Zyg
     assert "Reduce it" in text
 
 
-# --- checks that need no second process
+# --- what is refused before anything runs, on two ranks
 
 
-class Overrides(Small):
-    """Subclasses add one hook that the schedule owns."""
-
-
-class OverridesBackward(Overrides):
+class OverridesBackward(Small):
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
         loss.backward()
 
 
-class OverridesZeroGrad(Overrides):
+class OverridesZeroGrad(Small):
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         pass
 
 
-class OverridesTrainingStep(Overrides):
+class OverridesTrainingStep(Small):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step(batch, batch_idx)
 
 
-class UsesDataloaderIter(Overrides):
+class UsesDataloaderIter(Small):
     def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
         return next(dataloader_iter)
 
@@ -118,45 +122,134 @@ class SyncNorm(Small):
         self.student = network(4, 8).append(nn.SyncBatchNorm(8))
 
 
+class Unfreezes(BaseFinetuning):
+    def freeze_before_training(self, pl_module: Any) -> None:
+        pass
+
+    def finetune_function(self, *args: Any) -> None:
+        pass
+
+
+class WithBackbone(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(2, 2)
+
+
 def manual() -> Small:
     module = Small()
     module.automatic_optimization = False
     return module
 
 
-@pytest.mark.parametrize(
-    ("make", "cause", "fix"),
-    [
-        (L.LightningModule, "LightningModule is no TeacherStudentModule", "Subclass"),
-        (manual, "manual optimization", "Use automatic optimization"),
-        (OverridesBackward, "overrides backward", "Remove the override"),
-        (OverridesZeroGrad, "overrides optimizer_zero_grad", "Remove the override"),
-        (OverridesTrainingStep, "overrides training_step", "Write loss"),
-        (UsesDataloaderIter, "overrides training_step", "Write loss"),
-        (SyncNorm, "SyncBatchNorm", "Use BatchNorm"),
-    ],
-)
-def test_refused_modules(make: Callable[[], L.LightningModule], cause: str, fix: str) -> None:
-    with pytest.raises(MisconfigurationException, match=cause) as caught:
-        check_trainer(trainer(2), make(), 2, "auto")
-    assert fix in str(caught.value)
+def precision(name: str) -> dict[str, Any]:
+    """A trainer's option: a plugin of this name, as of a package that is not installed."""
+    return {"plugins": [type(name, (Precision,), {})()]}
 
 
-@pytest.mark.parametrize(
-    ("callback", "fix"),
-    [
-        (StochasticWeightAveraging(swa_lrs=0.1), "Average the saved checkpoints"),
-        (WeightAveraging(), "Average the saved checkpoints"),
-        (EMAWeightAveraging(), "Average the saved checkpoints"),
-        (BatchSizeFinder(), "Find the batch size with strategy='auto'"),
-        (BackboneFinetuning(), "Give all groups in configure_optimizers"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, L.Callback) else "",
-)
-def test_refused_callbacks(callback: L.Callback, fix: str) -> None:
-    with pytest.raises(MisconfigurationException, match=f"the callback {type(callback).__name__}") as caught:
-        check_trainer(trainer(2, callbacks=[callback]), Small(), 2, "auto")
-    assert fix in str(caught.value)
+def with_callback(callback: L.Callback) -> dict[str, Any]:
+    return {"callbacks": [callback], "enable_checkpointing": True}
+
+
+# name -> module, options of the trainer, arguments of the strategy; the cause, and the way out
+REFUSED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], dict[str, Any], str, str]] = {
+    "plain module": (BoringModel, {}, {}, "BoringModel is no TeacherStudentModule", "Subclass"),
+    "manual": (manual, {}, {}, "manual optimization", "Use automatic optimization"),
+    "backward": (OverridesBackward, {}, {}, "OverridesBackward overrides backward", "Remove the override"),
+    "zero_grad": (OverridesZeroGrad, {}, {}, "OverridesZeroGrad overrides optimizer_zero_grad", "Remove the override"),
+    "training_step": (OverridesTrainingStep, {}, {}, "OverridesTrainingStep overrides training_step", "Write loss"),
+    "dataloader_iter": (UsesDataloaderIter, {}, {}, "UsesDataloaderIter overrides training_step", "Write loss"),
+    "SyncBatchNorm": (SyncNorm, {}, {}, "SyncBatchNorm", "Use BatchNorm"),
+    "too many stages": (Small, {}, {"stages": 4}, "stages=4 is more than the 2 device(s)", "Use devices=4"),
+    "TransformerEngine": (
+        Small, precision("TransformerEnginePrecision"), {}, "TransformerEnginePrecision replaces layers", "bf16-mixed"
+    ),
+    "bitsandbytes": (
+        Small, precision("BitsandbytesPrecision"), {}, "BitsandbytesPrecision replaces layers", "'32-true'"
+    ),
+    "save_on_exception": (
+        Small, with_callback(ModelCheckpoint(save_on_exception=True)), {},
+        "ModelCheckpoint(save_on_exception=True): when one rank fails", "every_n_train_steps",
+    ),
+} | {
+    type(callback).__name__: (WithBackbone, with_callback(callback), {}, f"the callback {name}: ", fix)
+    for callback, name, fix in (
+        (StochasticWeightAveraging(swa_lrs=0.1), "StochasticWeightAveraging", "Average the saved checkpoints"),
+        (WeightAveraging(), "WeightAveraging", "Average the saved checkpoints"),
+        (EMAWeightAveraging(), "EMAWeightAveraging", "Average the saved checkpoints"),
+        (BackboneFinetuning(), "BackboneFinetuning", "Give all groups in configure_optimizers"),
+        (Unfreezes(), "BaseFinetuning", "Give all groups in configure_optimizers"),
+        (ModelPruning("l1_unstructured"), "ModelPruning", "Prune after fit"),
+        (OnExceptionCheckpoint("."), "OnExceptionCheckpoint", "every_n_train_steps"),
+    )
+}  # fmt: skip
+
+
+# names of cases -> arguments of a module whose teacher may be late
+MOMENTA: dict[str, dict[str, Any]] = {
+    "0.5": {"momentum": 0.5},
+    "low when it begins": {"momentum": cosine_momentum(0.5, 1.0, 10), "teacher_delay": 1},
+    "high when the delay begins": {"momentum": cosine_momentum(0.5, 1.0, 10), "delay_from_step": 10},
+    "0.9": {"momentum": 0.9},
+    "not late": {"momentum": 0.5, "teacher_delay": 0},
+    "frozen": {},
+}
+
+
+def run_refused(rank: int, out: Path) -> None:
+    """Every case on one rank; what each was told."""
+    os.chdir(out)  # one of the callbacks saves there
+    told: dict[str, str] = {}
+    for name, (make, options, strategy, _, _) in REFUSED.items():
+        fit = trainer(2, TSPipeStrategy(microbatches=2, **strategy), default_root_dir=out, **options)
+        try:
+            fit.fit(make(), loader())
+        except MisconfigurationException as error:
+            told[name] = str(error)
+    for name, options in MOMENTA.items():
+        fit = trainer(2, max_steps=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit.fit(Small(**options), loader())
+        told[name] = "\n".join(str(warning.message) for warning in caught)
+    (out / f"{rank}.json").write_text(json.dumps(told))
+
+
+@pytest.fixture(scope="module")
+def told(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """For both ranks, what they were told in each case."""
+    folder = tmp_path_factory.mktemp("refused")
+    codes = zygote.run("tests.test_bad_input:run_refused", 2, folder)
+    assert codes == [0, 0], [(folder / f"{rank}.txt").read_text() for rank in range(2)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_on_every_rank(told: list[dict[str, str]], case: str) -> None:
+    *_, cause, fix = REFUSED[case]
+    for texts in told:
+        assert f"strategy='tspipe' cannot run this: {cause}" in texts[case]
+        assert fix in texts[case]
+
+
+def test_rank_0_warns_of_a_low_momentum(told: list[dict[str, str]]) -> None:
+    first, second = told
+    for name in MOMENTA:
+        assert ("it lacks 50% of its gap" in first[name]) == (name in ("0.5", "low when it begins")), first[name]
+        assert "momentum" not in second[name]
+    assert "Use teacher_delay=0" in first["0.5"]
+
+
+def test_the_batch_size_finder_is_refused() -> None:
+    """By Lightning on several devices, and here on one."""
+    with pytest.raises(MisconfigurationException, match="the callback BatchSizeFinder") as caught:
+        check_trainer(trainer(1, callbacks=[BatchSizeFinder()]), Small(), 1, "auto")
+    assert "Find the batch size with strategy='auto'" in str(caught.value)
+    with pytest.raises(MisconfigurationException, match="not supported with distributed strategies"):
+        BatchSizeFinder().setup(trainer(2), Small())
+
+
+# --- checks that need no second process
 
 
 def test_a_logger_that_draws_the_model_is_refused(tmp_path: Path) -> None:
@@ -165,15 +258,6 @@ def test_a_logger_that_draws_the_model_is_refused(tmp_path: Path) -> None:
         check_trainer(draws, Small(), 2, "auto")
     assert "Use log_graph=False" in str(caught.value)
     check_trainer(draws, Small(), 1, "auto")
-
-
-@pytest.mark.parametrize("name", ["TransformerEnginePrecision", "BitsandbytesPrecision"])
-def test_refused_precision_plugins(name: str) -> None:
-    fake = trainer(2)
-    fake.strategy.precision_plugin = type(name, (type(fake.precision_plugin),), {})()
-    with pytest.raises(MisconfigurationException, match=name) as caught:
-        check_trainer(fake, Small(), 2, "auto")
-    assert "bf16-mixed" in str(caught.value)
 
 
 def fake_trainer(device: str) -> Any:

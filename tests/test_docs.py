@@ -7,6 +7,7 @@ import datetime
 import doctest
 import importlib.metadata
 import inspect
+import os
 import re
 import runpy
 import subprocess
@@ -15,15 +16,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
+import torch
+from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from packaging.requirements import Requirement
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
+from lightning_tspipe.cli import main
 from lightning_tspipe.teacher import teacher_version
 from tests.multiproc import result_of
 from tests.scripts.zygote import Zygote
+from tests.test_bad_input import REFUSED
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -169,6 +175,7 @@ def test_the_command_line_takes_the_yaml(tmp_path: Path) -> None:
 # --- tables
 
 STRATEGY = (ROOT / "docs/strategy.md").read_text()
+LIGHTNING = (ROOT / "docs/lightning.md").read_text()
 
 
 @pytest.mark.parametrize("documented", [TeacherStudentModule, TSPipeStrategy])
@@ -203,6 +210,48 @@ def test_the_versions_are_those_of_the_rule() -> None:
         label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         delay, *rest = map(int, re.findall(r"\d+", label))
         assert [int(cell) for cell in cells] == [teacher_version(step, delay, *rest) for step in steps], label
+
+
+def test_every_argument_of_the_trainer_has_a_row() -> None:
+    rows = [argument for argument, _, _ in table(LIGHTNING, "table: Trainer")]
+    assert rows == list(inspect.signature(L.Trainer).parameters)
+
+
+def test_every_callback_has_a_row() -> None:
+    rows = {callback: meaning for callback, meaning, _ in table(LIGHTNING, "table: callbacks")}
+    assert list(rows) == callbacks.__all__
+    refused = {callback for callback, meaning in rows.items() if "refused" in meaning}
+    assert refused == {*REFUSED, "BaseFinetuning", "BatchSizeFinder"} & rows.keys()
+
+
+@pytest.mark.parametrize("name", ["Trainer", "callbacks", "tools"])
+def test_the_tests_in_the_tables_exist(name: str) -> None:
+    for feature, meaning, test in table(LIGHTNING, f"table: {name}"):
+        assert meaning, feature
+        if test in ("not tested", "<!-- to come -->"):
+            continue
+        file, *parts = test.split("::")
+        nodes: Any = ast.parse((ROOT / file).read_text())
+        for part in parts:
+            (nodes,) = (node for node in nodes.body if getattr(node, "name", None) == part)
+        assert parts[-1].startswith("test_"), test
+
+
+def test_the_page_of_the_command_line_works(tmp_path: Path) -> None:
+    text = (ROOT / "docs/cli.md").read_text()
+    (code,), (config,) = blocks(text, "python"), blocks(text, "yaml")
+    (tmp_path / "distill.py").write_text(code)
+    (tmp_path / "config.yaml").write_text(config)
+
+    def trained() -> Any:
+        os.chdir(tmp_path)
+        main(["fit", "--config", "config.yaml", "--trainer.devices", "1"])
+        (checkpoint,) = tmp_path.rglob("*.ckpt")
+        return torch.load(checkpoint, weights_only=True)
+
+    checkpoint = result_of(trained)
+    assert checkpoint["global_step"] == 16
+    assert checkpoint["state_dict"]["student.0.weight"].shape == (64, 64)
 
 
 def texts() -> Iterator[str]:

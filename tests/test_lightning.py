@@ -11,8 +11,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder, ThroughputMonitor
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.profilers import PyTorchProfiler
 from torch import nn
 from torch.utils.data import BatchSampler
 from torchmetrics import MeanMetric
@@ -58,6 +60,9 @@ ATTRIBUTES = {
     "metric": {"_forward_cache", "_update_count", "_computed", "_to_sync"},
     "scaler": {"_unscale_grads_"},
     "fetcher": {"_start_profiler", "_stop_profiler"},
+    "profiler": {"_register"},
+    "throughput monitor": {"_throughputs"},
+    "learning rate finder": {"_early_exit"},
     "thread": {"_child_processes"},
 }
 
@@ -81,6 +86,9 @@ class Probe(L.Callback):
             "fetcher": loop._data_fetcher,
             "metric": MeanMetric(),
             "scaler": torch.amp.GradScaler("cpu"),
+            "profiler": PyTorchProfiler(),
+            "throughput monitor": ThroughputMonitor(len),
+            "learning rate finder": LearningRateFinder(),
             "LightningOptimizer": trainer.lightning_module.optimizers(),
         }
 

@@ -1,0 +1,193 @@
+"""The command `lightning-tspipe`: every subcommand, from a YAML file, with a module of the current folder."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning_utilities.core.imports
+import pytest
+import torch
+import yaml
+
+from tests.multiproc import result_of
+from tests.scripts.zygote import ROOT, Zygote
+from tests.subprocesses import run_script
+
+MODULE = """
+import copy
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_tspipe import TeacherStudentModule
+from tests.scripts.small import network
+
+
+class Mine(TeacherStudentModule):
+    def __init__(self, width: int, lr: float = 0.1, momentum=0.99):
+        super().__init__(momentum=momentum, teacher_delay=1)
+        self.save_hyperparameters()
+        self.lr = lr
+        self.student = network(4, width, 2).double()
+        self.teacher = copy.deepcopy(self.student)
+
+    def loss(self, student_out, teacher_out, target):
+        return (student_out - teacher_out - target[:, None]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.student(batch[0]).mean())
+
+    def test_step(self, batch, batch_idx):
+        self.log("test", self.teacher(batch[0]).mean())
+
+    def predict_step(self, batch, batch_idx):
+        return self.student(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.student.parameters(), lr=self.lr)
+
+
+class Data(L.LightningDataModule):
+    def loader(self):
+        rows = torch.randn(16, 4, generator=torch.Generator().manual_seed(1)).double()
+        return DataLoader(TensorDataset(rows, torch.ones(16).double()), batch_size=4)
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
+
+
+class Notes(L.Callback):
+    def teardown(self, trainer, module, stage):
+        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if stage == "predict":
+            found["predictions"] = torch.cat(trainer.predict_loop.predictions)
+        name = f"{trainer.state.fn.value}-{trainer.world_size}-{trainer.global_rank}.pt"
+        torch.save(found | {"momentum": str(module.momentum)}, name)
+"""
+CONFIG = """
+seed_everything: 1
+trainer:
+  accelerator: cpu
+  devices: 2
+  max_epochs: 2
+  strategy: tspipe
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+  - class_path: my_module.Notes
+model:
+  class_path: my_module.Mine
+  init_args:
+    width: 6
+    momentum:
+      class_path: lightning_tspipe.cosine_momentum
+      init_args: {start: 0.95, end: 1.0, num_steps: 8}
+data:
+  class_path: my_module.Data
+"""
+STRATEGY = '{"class_path": "lightning_tspipe.TSPipeStrategy", "init_args": {"microbatches": 2}}'
+COMMAND = ["-m", "lightning_tspipe.cli"]
+
+
+def run_commands(rank: int, out: Path, folder: str, commands: list[list[str]]) -> None:
+    """What every rank runs; a console script finds its own folder in `sys.path`, not the current one."""
+    from lightning_tspipe.cli import main
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    sys.path[:] = [entry for entry in sys.path if entry not in ("", folder)]
+    for arguments in commands:
+        assert main(arguments) is None, "a console script exits with what this returns"  # type: ignore[func-returns-value]
+
+
+@pytest.fixture(scope="module")
+def folder(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a module and a config file, in which pipeline and twin have run every subcommand.
+
+    The logs and checkpoints of `fit` are in ``lightning_logs``, those of the twin in ``twin``.
+    """
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "my_module.py").write_text(MODULE)
+    (folder / "config.yaml").write_text(CONFIG)
+    run_script(*COMMAND, "fit", "--config", "config.yaml", folder=folder, timeout=100)
+    (checkpoint,), (config,) = (sorted((folder / "lightning_logs").rglob(name)) for name in ("*.ckpt", "config.yaml"))
+    options = ["--config", "config.yaml", "--ckpt_path", str(checkpoint)]
+    twin = ["--trainer.strategy", "auto", "--trainer.devices", "1", "--trainer.default_root_dir", str(folder / "twin")]
+    elsewhere = ["--trainer.default_root_dir", str(folder / "evaluated")]
+    evaluations = {"validate": "tspipe", "test": STRATEGY, "predict": STRATEGY}
+    commands = {
+        1: [["fit", "--config", str(config), *twin], *([name, *options, *twin] for name in evaluations)],
+        2: [[name, *options, *elsewhere, "--trainer.strategy", strategy] for name, strategy in evaluations.items()],
+    }
+    for ranks, lines in commands.items():
+        out = tmp_path_factory.mktemp("out")
+        codes = zygote.run("tests.test_cli:run_commands", ranks, out, folder=str(folder), commands=lines)
+        assert codes == [0] * ranks, [(out / f"{rank}.txt").read_text() for rank in range(ranks)]
+    return folder
+
+
+def found(folder: Path, stage: str, ranks: int, rank: int = 0) -> Any:
+    return torch.load(folder / f"{stage}-{ranks}-{rank}.pt", weights_only=False)
+
+
+@pytest.mark.timeout(120)
+def test_fit_trains_as_the_twin_does(folder: Path) -> None:
+    (ours,), (twins,) = (list((folder / name).rglob("*.ckpt")) for name in ("lightning_logs", "twin"))
+    ours, twins = (torch.load(file, weights_only=True) for file in (ours, twins))
+    assert ours["global_step"] == twins["global_step"] == 8
+    assert ours["hyper_parameters"]["_class_path"] == "my_module.Mine"
+    torch.testing.assert_close(ours["state_dict"], twins["state_dict"], rtol=1e-12, atol=1e-12)
+    assert found(folder, "fit", 2) == found(folder, "fit", 2, 1)
+    assert found(folder, "fit", 2)["val"] == pytest.approx(found(folder, "fit", 1)["val"], rel=1e-12)
+    assert "cosine_momentum(start=0.95" in found(folder, "fit", 2)["momentum"]
+
+
+def test_the_configuration_is_saved_once_and_can_be_used_again(folder: Path) -> None:
+    """The twin was run with it."""
+    (config,) = (folder / "lightning_logs").rglob("config.yaml")
+    saved, again = (
+        yaml.safe_load(file.read_text()) for file in (config, folder / "twin/lightning_logs/version_0/config.yaml")
+    )
+    assert saved["model"]["class_path"] == "my_module.Mine"
+    assert (saved["trainer"]["strategy"], again["trainer"]["strategy"]) == ("tspipe", "auto")
+    assert saved["model"] == again["model"]
+
+
+@pytest.mark.parametrize(("command", "value"), [("validate", "val"), ("test", "test"), ("predict", "predictions")])
+def test_evaluation(folder: Path, command: str, value: str) -> None:
+    for rank in range(2):
+        ours, twins = found(folder, command, 2, rank)[value], found(folder, command, 1)[value]
+        torch.testing.assert_close(ours, twins, rtol=1e-12, atol=1e-12)
+
+
+def test_the_script_is_declared() -> None:
+    (target,) = re.findall(r'^lightning-tspipe = "(.+?)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    module, _, name = target.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_without_jsonargparse_it_names_the_extra() -> None:
+    def message() -> str:
+        """In a process in which jsonargparse cannot be found."""
+
+        def version(name: str) -> str:
+            if name == "jsonargparse":
+                raise importlib.metadata.PackageNotFoundError(name)
+            return importlib.metadata.version(name)
+
+        lightning_utilities.core.imports._version = version
+        for name in [name for name in sys.modules if re.match(r"lightning\.pytorch\.cli|lightning_tspipe\.cli", name)]:
+            del sys.modules[name]
+        sys.modules["jsonargparse"] = None  # type: ignore[assignment]
+        with pytest.raises(SystemExit) as caught:
+            importlib.import_module("lightning_tspipe.cli").main(["fit"])
+        return str(caught.value)
+
+    assert "pip install 'lightning-tspipe[cli]'" in result_of(message)
