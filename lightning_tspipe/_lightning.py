@@ -1,14 +1,16 @@
-"""The one file that touches private names of Lightning and torchmetrics; `tests/test_lightning.py` holds them."""
+"""The private names of Lightning, but for its loaders; `tests/test_lightning.py` holds them.
+
+No file but this one, `_loaders.py` and `_metrics.py` touches private names.
+"""
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -19,9 +21,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import LearningRateFinder, ThroughputMonitor
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loops import fit_loop
-from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
@@ -32,7 +31,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException
 from torch.optim import Optimizer
-from torchmetrics import Metric, MetricCollection
 
 from lightning_tspipe.errors import PipelineError
 
@@ -244,52 +242,6 @@ def call_hook(trainer: pl.Trainer, name: str, *args: Any) -> Any:
     return call._call_lightning_module_hook(trainer, name, *args)
 
 
-class LoaderLink:
-    """Puts a fetcher of ours in the place of Lightning's, whenever the fit loop makes one.
-
-    The fetcher is the one place that sees whole batches, after all loaders are combined and limited.
-
-    Args:
-        trainer: the trainer.
-        wrap: makes our fetcher from Lightning's.
-    """
-
-    def __init__(self, trainer: pl.Trainer, wrap: Callable[[Any], Fetcher]) -> None:
-        self._loop = trainer.fit_loop
-        self._loaders: list[Any] = []
-        original, module = self._loop.setup_data, cast(Any, fit_loop)
-        select = module._select_data_fetcher
-
-        def our_fetcher(*args: Any) -> Fetcher:
-            inner = select(*args)
-            assert isinstance(inner, _PrefetchDataFetcher)
-            inner.prefetch_batches = 0  # ours looks ahead, and knows the loader's state at each batch
-            fetcher, loader = wrap(inner), cast(Any, self._loop._combined_loader)
-            fetcher.states_now = partial(type(loader)._state_dicts, loader)
-            loader._state_dicts = fetcher.loader_states
-            self._loaders.append(loader)
-            return fetcher
-
-        def setup_data() -> None:
-            module._select_data_fetcher = our_fetcher
-            try:
-                original()
-            finally:
-                module._select_data_fetcher = select
-
-        self._loop.setup_data = setup_data  # type: ignore[method-assign]
-
-    def close(self) -> None:
-        """Take the hook out again; what is saved after the fit still holds the loaders as of the last batch."""
-        self._loop.__dict__.pop("setup_data", None)
-        if self._loaders:
-            states, loader = self._loaders[-1]._state_dicts(), copy.copy(self._loaders[-1])
-            loader._state_dicts = lambda: states
-            self._loop._combined_loader = loader
-        for loader in self._loaders:
-            loader.__dict__.pop("_state_dicts", None)
-
-
 class SignalLink:
     """A SIGTERM only sets a flag, and Lightning's broadcast before every batch, which would flush the pipeline, is off.
 
@@ -345,125 +297,6 @@ def forbid_distributed_sampler(trainer: pl.Trainer) -> None:
     trainer._accelerator_connector.use_distributed_sampler = False
 
 
-def metrics_of(module: pl.LightningModule) -> Iterator[tuple[str, Metric]]:
-    """Every torchmetrics object of the user's module, by attribute name."""
-    return ((name, child) for name, child in module.named_modules() if isinstance(child, Metric))
-
-
-def stop_syncing(metric: Metric) -> Callable[[], None]:
-    """No collective in `compute` and `forward`; `_to_sync` would follow them only after a `forward` on this rank.
-
-    Returns:
-        What undoes it.
-    """
-    before = {name: getattr(metric, name) for name in ("sync_on_compute", "dist_sync_on_step", "_to_sync")}
-    metric.sync_on_compute = metric.dist_sync_on_step = metric._to_sync = False
-    return partial(vars(metric).update, before)
-
-
-def sync_within(metric: Metric, group: Any) -> Callable[[], None]:
-    """Collectives of a metric among the ranks of a group only; returns what undoes it."""
-    before = metric.process_group
-    metric.process_group = group
-    return partial(setattr, metric, "process_group", before)
-
-
-def cached_value(metric: Metric) -> Tensor | None:
-    """The value that the last `forward` of a metric gave for its batch."""
-    value = metric._forward_cache
-    return value if isinstance(value, Tensor) else None
-
-
-def set_cached_value(metric: Metric, value: Tensor | None) -> None:
-    """Let a metric that was updated on another rank show that rank's value of the batch."""
-    metric._forward_cache = value  # type: ignore[assignment]
-    metric._update_count = max(metric._update_count, 1)
-    metric._computed = None
-
-
 def logs_graph(trainer: pl.Trainer) -> bool:
     """Whether a logger runs the model by itself, on rank 0 alone, to draw it."""
     return any(getattr(logger, "_log_graph", False) for logger in trainer.loggers)
-
-
-def states_of(module: pl.LightningModule) -> dict[str, tuple[dict[str, Any], int]]:
-    """State and number of updates of every torchmetrics object that has been updated, by attribute name."""
-    for child in module.modules():
-        if isinstance(child, MetricCollection):
-            child.values(copy_state=False)  # those that share a state refer to it again
-    return {name: (metric.metric_state, metric._update_count) for name, metric in metrics_of(module)
-            if metric._update_count}  # fmt: skip
-
-
-def adopt_state(metric: Metric, state: dict[str, Any], updates: int) -> None:
-    """Let a metric hold the state that another rank's has after so many updates."""
-    for name, value in state.items():
-        setattr(metric, name, value)
-    metric._update_count, metric._computed = updates, None
-
-
-def rows_drawn(sampler: Any) -> list[Any]:
-    """The numbers of the rows of every batch of this pass, which Lightning notes while predicting; else nothing."""
-    return getattr(sampler, "seen_batch_indices", []) if isinstance(sampler, _IndexBatchSamplerWrapper) else []
-
-
-def set_rows_drawn(sampler: Any, rows: list[Any]) -> None:
-    """Let a sampler that does not draw show what rank 0's has drawn, for a `BasePredictionWriter`."""
-    if isinstance(sampler, _IndexBatchSamplerWrapper):
-        sampler.seen_batch_indices = rows
-
-
-class Fetcher:
-    """What Lightning's epoch loop asks of a data fetcher; subclasses say where the batches come from."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self.fetched = 0
-        self.done = False
-        self.length: int | None = inner.length
-        self.states_now: Callable[[], list[Any]] = list  # states of the loaders that have one
-        self._start_profiler: Callable[[], None] = lambda: None
-        self._stop_profiler: Callable[[], None] = lambda: None
-
-    def begin(self) -> None:
-        """A new pass over the data begins."""
-        raise NotImplementedError
-
-    def advance(self) -> tuple[Any, bool]:
-        """The next batch, and whether it is the last one; raises StopIteration at the end."""
-        raise NotImplementedError
-
-    def loader_states(self) -> list[Any]:
-        """What a checkpoint holds of the loaders."""
-        return self.states_now()
-
-    def __iter__(self) -> Fetcher:
-        iter(self._inner)
-        self.fetched, self.done, self.length = 0, False, self._inner.length
-        self.begin()
-        return self
-
-    def __next__(self) -> tuple[Any, int, int]:
-        self._start_profiler()
-        try:
-            batch, last = self.advance()
-        except StopIteration:
-            self.done = True
-            raise
-        finally:
-            self._stop_profiler()
-        self.fetched += 1
-        self.done = last if self.length is None else self.fetched >= self.length
-        return batch, self.fetched - 1, 0
-
-    def teardown(self) -> None:
-        """Stop the workers of the loader."""
-        self._inner.teardown()
-
-    def setup(self, combined_loader: Any) -> None:
-        """Take the loaders."""
-        self._inner.setup(combined_loader)
-
-    def reset(self) -> None:
-        """Lightning's name for forgetting the position."""
-        self._inner.reset()

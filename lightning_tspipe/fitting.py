@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from lightning_tspipe import _lightning
+from lightning_tspipe import _lightning, _loaders
 from lightning_tspipe.checkpoint import Generators
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, make_batch
@@ -78,7 +78,7 @@ class Fitting:
         """
         trainer = self._trainer
         self._before_loading = before_loading
-        link = _lightning.LoaderLink(trainer, self._make_feed)
+        link = _loaders.LoaderLink(trainer, self._make_feed)
         _lightning.take_over_backward(trainer, True)
         self._undo += [link.close, partial(_lightning.take_over_backward, trainer, False)]
         self._undo.append(_lightning.skip_preparation(trainer, self.is_stand_in))

@@ -24,7 +24,7 @@ class ProcessStrategy(ParallelStrategy):
     _backend: str | None
     _timeout: timedelta
     _replicas: Replicas | None = None
-    _topology: Topology
+    _topology = Topology(0, 1, 1)  # before it is known
     _failed = False
 
     @property

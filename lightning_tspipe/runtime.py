@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_tspipe import tree
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, shapes_of
+from lightning_tspipe.hooks import StepHooks
 from lightning_tspipe.logrelay import LossRelay, LossReport, mean_of
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.replicas import Replicas
@@ -28,34 +29,6 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[Batch, int], None]
 NOTHING = nullcontext()
-
-
-class StepHooks(Protocol):
-    """What the runtime needs from outside while a step runs."""
-
-    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> tuple[Tensor, LossReport]:
-        """The user's loss and what it logged; called on the last rank only."""
-
-    def log(self, report: LossReport) -> None:
-        """Called on every rank when it knows what `loss` had to say of a batch."""
-
-    def before_backward(self, loss: Tensor) -> Tensor:
-        """Called on every rank before its first backward; returns what is differentiated on the last rank."""
-
-    def scale(self, loss: Tensor) -> Tensor:
-        """What is differentiated for a microbatch after the first one of a batch."""
-
-    def after_backward(self, loss: Tensor) -> None:
-        """Called on every rank after its last backward."""
-
-    def terminating(self) -> bool:
-        """Whether this rank was asked to end the job."""
-
-    def terminate(self) -> None:
-        """A rank behind this one was asked to end the job."""
-
-    def agree(self) -> None:
-        """A replica was asked to end the job, and every replica knows of it after the same step."""
 
 
 class Runtime:

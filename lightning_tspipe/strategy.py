@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_tspipe import _lightning, tree
+from lightning_tspipe import _lightning, _metrics, tree
 from lightning_tspipe.board import FailureBoard
 from lightning_tspipe.checkpoint import Shards
 from lightning_tspipe.comm import Comm
@@ -197,11 +197,11 @@ class TSPipeStrategy(CheckpointStrategy):
     def _patch(self, trainer: pl.Trainer, module: TeacherStudentModule) -> None:
         """`self.student(x)` and `self.teacher(x)` run through all stages; one pipeline is one replica."""
         self._undo = [self._stage.close] if self._stage is not None else []
-        for _, metric in _lightning.metrics_of(module):
+        for _, metric in _metrics.metrics_of(module):
             if self._replicas is not None:
-                self._undo.append(_lightning.sync_within(metric, self._replicas.group))
+                self._undo.append(_metrics.sync_within(metric, self._replicas.group))
             elif self._comm is not None:
-                self._undo.append(_lightning.stop_syncing(metric))
+                self._undo.append(_metrics.stop_syncing(metric))
         _lightning.count_pipelines(trainer, self._topology.stages)
         if self._replicas is None:
             _lightning.forbid_distributed_sampler(trainer)

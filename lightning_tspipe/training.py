@@ -12,14 +12,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_tspipe import _lightning
+from lightning_tspipe import _lightning, _metrics
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.logrelay import LossReport, Recorder
 from lightning_tspipe.module import TeacherStudentModule
 
 
 class TrainingHooks:
-    """Implements `runtime.StepHooks` for one module under one trainer.
+    """Implements `hooks.StepHooks` for one module under one trainer.
 
     Args:
         trainer: the trainer.
@@ -29,16 +29,16 @@ class TrainingHooks:
 
     def __init__(self, trainer: pl.Trainer, module: TeacherStudentModule, signals: _lightning.SignalLink) -> None:
         self._trainer, self._module, self._signals = trainer, module, signals
-        self._metrics = dict(_lightning.metrics_of(module))
+        self._metrics = dict(_metrics.metrics_of(module))
         self._names = {id(metric): name for name, metric in self._metrics.items()}
 
     def loss(self, student_out: Any, teacher_out: Any, target: Any) -> tuple[Tensor, LossReport]:
         """Run the user's loss and record what it logs; a faulty result is an error that names the fix."""
-        recorder = Recorder(self._names, _lightning.cached_value)
+        recorder = Recorder(self._names, _metrics.cached_value)
         with torch.enable_grad(), logging_by(self._module, recorder.log):
             result = self._module.loss(student_out, teacher_out, target)
         loss, extra = _checked(result)
-        head = Recorder({}, _lightning.cached_value)
+        head = Recorder({}, _metrics.cached_value)
         head.add("output", "loss", loss)
         for name, value in extra.items():
             if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
@@ -85,7 +85,7 @@ class TrainingHooks:
                 self._module.log(entry.name, value, **dict(entry.options))
             elif entry.kind == "metric":
                 metric = self._metrics[entry.metric]
-                _lightning.set_cached_value(metric, value)
+                _metrics.set_cached_value(metric, value)
                 self._module.log(entry.name, metric, **dict(entry.options))
 
     def output(self, report: LossReport) -> Tensor | dict[str, Any]:
@@ -135,14 +135,14 @@ class MetricSync(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One exchange per epoch, if the module has metrics; one that `loss` did not log is logged by a hook later."""
-        metrics: dict[str, Metric] = dict(_lightning.metrics_of(pl_module))
+        metrics: dict[str, Metric] = dict(_metrics.metrics_of(pl_module))
         if not metrics:
             return
         last = self._comm.stages - 1
-        states = self._comm.share(_lightning.states_of(pl_module) if self._comm.stage == last else None, last)
+        states = self._comm.share(_metrics.states_of(pl_module) if self._comm.stage == last else None, last)
         if self._comm.stage != last:
             for name, (state, updates) in states.items():
-                _lightning.adopt_state(metrics[name], state, updates)
+                _metrics.adopt_state(metrics[name], state, updates)
 
 
 def _checked(result: Any) -> tuple[Tensor, dict[str, Any]]:

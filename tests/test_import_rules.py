@@ -22,14 +22,39 @@ ORDER = (
     # what a network and its schedule are
     *("tree", "batchnorm", "partition", "teacher", "plan"),
     # one rank at work
-    *("stage", "data", "board", "comm", "replicas", "logrelay", "checkpoint", "runtime"),
+    *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "checkpoint", "runtime"),
     # what meets Lightning
-    *("_lightning", "whole", "module", "processes", "feed", "training", "fitting", "files", "sharded", "saving"),
+    *(
+        "_lightning",
+        "_loaders",
+        "_metrics",
+        "whole",
+        "module",
+        "processes",
+        "feed",
+        "training",
+        "fitting",
+        "files",
+        "sharded",
+        "saving",
+    ),
     *("refuse", "strategy", "cli", "__init__"),
 )
 STDLIB_ONLY = {"errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders"}
 KNOW_LIGHTNING = {
-    *("_lightning", "module", "processes", "training", "fitting", "files", "saving", "refuse", "strategy", "cli"),
+    *(
+        "_lightning",
+        "_loaders",
+        "module",
+        "processes",
+        "training",
+        "fitting",
+        "files",
+        "saving",
+        "refuse",
+        "strategy",
+        "cli",
+    ),
     "__init__",
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}

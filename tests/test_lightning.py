@@ -1,4 +1,4 @@
-"""One test per private name that `lightning_tspipe/_lightning.py` leans on: it fails when a release drops the name."""
+"""One test per private name that the library leans on: it fails when a release drops the name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.data import BatchSampler
 from torchmetrics import MeanMetric
 
-from lightning_tspipe import _lightning
+from lightning_tspipe import _lightning, _loaders, _metrics
 from tests.scripts.small import Small, loader, trainer
 
-# where `_lightning.py` finds each private name that it imports or reads from a module
+# where the library finds each private name that it imports or reads from a module
 MODULE_NAMES = {
     "_init_dist_connection": "lightning.fabric.utilities.distributed",
     "_optimizers_to_device": "lightning.fabric.utilities.optimizer",
@@ -115,11 +115,12 @@ def test_names_of_objects(parts: dict[str, Any], part: str, name: str) -> None:
 
 
 def test_every_private_name_is_listed() -> None:
-    """A private name that `_lightning.py` starts to use has to be added here."""
-    source = inspect.getsource(_lightning)
+    """A private name that the library starts to use has to be added here."""
+    files = (_lightning, _loaders, _metrics)
+    source = "".join(map(inspect.getsource, files))
     used = set(re.findall(r"(?<!self)\._([a-z]\w*)", source)) | set(re.findall(r"\._loop\._([a-z]\w*)", source))
-    kinds = [kind for kind in vars(_lightning).values() if inspect.isclass(kind)]
-    kinds = [kind for kind in kinds if kind.__module__ == _lightning.__name__]
+    kinds = [kind for file in files for kind in vars(file).values() if inspect.isclass(kind)]
+    kinds = [kind for kind in kinds if kind.__module__.startswith("lightning_tspipe.")]
     own = {name for kind in kinds for name in (*vars(kind), *re.findall(r"self\.(_\w+)", inspect.getsource(kind)))}
     listed = set(MODULE_NAMES).union(*ATTRIBUTES.values())
     packages = set(re.findall(r"lightning_tspipe\.(_\w+)", source))
@@ -140,7 +141,7 @@ def test_the_closure_asks_for_skip_backward(parts: dict[str, Any], name: str) ->
 
 
 def test_fetchers_are_what_ours_stands_for() -> None:
-    ours, theirs = _lightning.Fetcher, _DataFetcher
+    ours, theirs = _loaders.Fetcher, _DataFetcher
     wanted = {name for name in vars(theirs) if not name.startswith("_") and callable(getattr(theirs, name))}
     missing = {name for name in wanted if not hasattr(ours, name)}
     assert not missing, "Lightning's fetchers have methods that ours lack"
@@ -163,21 +164,21 @@ def test_a_sampler_notes_what_it_has_drawn() -> None:
     from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 
     sampler: Any = _IndexBatchSamplerWrapper(BatchSampler(range(3), 2, drop_last=False))
-    assert _lightning.rows_drawn(sampler) == []
-    assert list(sampler) == _lightning.rows_drawn(sampler) == [[0, 1], [2]]
-    _lightning.set_rows_drawn(sampler, [[4]])
+    assert _loaders.rows_drawn(sampler) == []
+    assert list(sampler) == _loaders.rows_drawn(sampler) == [[0, 1], [2]]
+    _loaders.set_rows_drawn(sampler, [[4]])
     assert sampler.seen_batch_indices == [[4]]
-    assert _lightning.rows_drawn([[1, 2]]) == []
+    assert _loaders.rows_drawn([[1, 2]]) == []
 
 
 def test_metric_states() -> None:
     """A metric takes over the state and the last value of another."""
     here, there = MeanMetric(), MeanMetric()
     there(torch.tensor(3.0))
-    assert _lightning.cached_value(there) == 3.0
-    _lightning.set_cached_value(here, _lightning.cached_value(there))
-    assert _lightning.cached_value(here) == 3.0
-    _lightning.adopt_state(here, there.metric_state, 1)
+    assert _metrics.cached_value(there) == 3.0
+    _metrics.set_cached_value(here, _metrics.cached_value(there))
+    assert _metrics.cached_value(here) == 3.0
+    _metrics.adopt_state(here, there.metric_state, 1)
     assert here.compute() == 3.0
 
 
@@ -193,4 +194,4 @@ def test_torch_clips_by_the_norm_that_is_put_in_its_place(monkeypatch: pytest.Mo
 def test_metrics_are_found_by_attribute_name() -> None:
     module = Small()
     module.inner = nn.ModuleDict({"mean": MeanMetric()})
-    assert [name for name, _ in _lightning.metrics_of(module)] == ["inner.mean"]
+    assert [name for name, _ in _metrics.metrics_of(module)] == ["inner.mean"]
