@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_tspipe import tree
-from lightning_tspipe.board import FailureBoard
+from lightning_tspipe.board import World
 from lightning_tspipe.data import Shapes, shapes_of
 
 HEADER_BYTES = 2048
@@ -27,7 +27,7 @@ POSTED = 2  # receives that each channel may always have posted at once
 POSTED_BYTES = 16 * 2**20  # more of them only while they take less memory than this
 # teacher, student, gradients, loss and logged values, sums on their way up and down, targets
 KINDS = ("T", "F", "B", "L", "U", "D", "Y")
-LINES = ("header", "verdict", "relay", "eval", *KINDS)
+LINES = ("header", "verdict", "relay", "eval", "share", *KINDS)
 
 
 class Line:
@@ -182,10 +182,10 @@ class Comm:
         rank, stages: this rank and how many there are.
         device: where activations live.
         backend: "gloo" or "nccl" for the activations; gloo on CUDA goes through host memory.
-        timeout: how long a message may take before the job is given up.
+        world: all ranks of the job, and how long a message may take before it is given up.
     """
 
-    def __init__(self, rank: int, stages: int, device: torch.device, backend: str, timeout: timedelta) -> None:
+    def __init__(self, rank: int, stages: int, device: torch.device, backend: str, world: World) -> None:
         self.rank, self.stages, self.device = rank, stages, device
         self.messages: dict[str, int] = dict.fromkeys((*KINDS, "line"), 0)
         # a receive of gloo that waits already saves the message a round trip; one of NCCL takes a part of the GPU
@@ -194,7 +194,8 @@ class Comm:
         self._kept: deque[tuple[dist.Work, Tensor, int]] = deque()
         self._old = 0
         ranks = list(range(stages))
-        self.board = FailureBoard(rank, stages, timeout)
+        self.board, timeout = world.board, world.timeout
+        world.any()  # the groups below would wait for a rank that has failed by now
         self.control = _new_group(ranks, "gloo", timeout)
         data = _new_group(ranks, "gloo", timeout) if backend == "gloo" else None
         edges = [(kind, k, k + 1) for kind in "TFD" for k in ranks[:-1]]
@@ -247,18 +248,11 @@ class Comm:
 
     def start(self, call: Any, tensor: Tensor, peer: int, place: int, tag: int) -> dist.Work:
         """Start one send or receive with the peer at a place in its group; a lost connection is a `PipelineError`."""
-        try:
-            work: dist.Work = call([_bytes(tensor)], place, tag)
-        except RuntimeError as error:
-            raise self.board.explain(peer, error) from error
-        return work
+        return cast(dist.Work, self.board.guard(peer, call, [_bytes(tensor)], place, tag))
 
     def wait(self, work: dist.Work, peer: int) -> None:
         """Wait for one message; a lost connection becomes a `PipelineError`."""
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise self.board.explain(peer, error) from error
+        self.board.guard(peer, work.wait)
 
     def keep(self, work: dist.Work, buffer: Tensor, peer: int) -> None:
         """Keep the send of a line until it is certain to have been received."""
@@ -329,19 +323,21 @@ class Comm:
         """Give every rank a rank's tree of tensors and constants; the others' `value` is ignored. Not for hot paths."""
         if self.stages == 1:
             return value
-        leaves, structure = tree.flatten(value if self.rank == source else None)
-        meta: list[Any] = [(structure, shapes_of(leaves))]
-        try:
-            dist.broadcast_object_list(meta, src=source, group=self.control)
-            structure, shapes = meta[0]
-            buffers = [leaf.detach().cpu().contiguous() for leaf in leaves] or [
-                torch.empty(shape, dtype=dtype) for shape, dtype in shapes
-            ]
-            for buffer in buffers:
-                dist.broadcast(_bytes(buffer), src=source, group=self.control)
-        except RuntimeError as error:
-            raise self.board.explain(source, error) from error
-        return value if self.rank == source else tree.unflatten([b.to(self.device) for b in buffers], structure)
+        tag = 1 + LINES.index("share")
+        if self.rank != source:
+            structure, shapes = Line(self, "share", source).take()
+            buffers = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+            for work in [self.start(self.control.recv, buffer, source, source, tag) for buffer in buffers]:
+                self.wait(work, source)
+            return tree.unflatten([buffer.to(self.device) for buffer in buffers], structure)
+        leaves, structure = tree.flatten(value)
+        buffers = [leaf.detach().cpu().contiguous() for leaf in leaves]
+        for peer in (others := [peer for peer in range(self.stages) if peer != source]):
+            Line(self, "share", peer).send((structure, shapes_of(leaves)))
+        send = self.control.send
+        for work, peer in [(self.start(send, b, peer, peer, tag), peer) for peer in others for b in buffers]:
+            self.wait(work, peer)
+        return value
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's tree on rank 0, in host memory; None elsewhere. Not for hot paths."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from lightning_tspipe._lightning import Fetcher, SignalLink
@@ -134,6 +135,8 @@ class LeadingFeed(Feed):
                 raw, entry = self._make(next(self._inner)[0])
                 self._raws[entry.info.index] = raw
                 self._states[entry.info.index] = self.states_now()
+                if self._signals.requeue:
+                    self._signals.requeue, entry.info = False, replace(entry.info, requeue=True)
             except StopIteration:
                 entry = End()
         self._announce(entry if isinstance(entry, End) else entry.info)
@@ -196,15 +199,22 @@ class SilentLoader:
 
 
 class SharedLoader(SilentLoader):
-    """An evaluation loader: rank 0 iterates it, and every rank gets the same batches."""
+    """An evaluation loader: rank 0 iterates it, and every rank gets the same batches.
 
-    def __init__(self, loader: Any, comm: Comm) -> None:
+    Args:
+        loader: the user's.
+        comm: this rank's connections.
+        before_batch: called on every rank before each batch.
+    """
+
+    def __init__(self, loader: Any, comm: Comm, before_batch: Callable[[], None] = lambda: None) -> None:
         super().__init__(loader)
-        self._comm = comm
+        self._comm, self._before_batch = comm, before_batch
 
     def __iter__(self) -> Iterator[Any]:
         source = iter(self._loader) if self._comm.rank == 0 else None
         while True:
+            self._before_batch()
             # a batch travels as a list of one, the end as an empty list
             found = [] if source is None else list(itertools.islice(source, 1))
             batch = self._comm.share(found, 0)

@@ -18,7 +18,7 @@ from lightning_tspipe.plan import Planner
 from lightning_tspipe.runtime import Runtime
 from lightning_tspipe.stage import Stage
 from lightning_tspipe.teacher import MomentumTeacher, pair_parameters
-from lightning_tspipe.training import MetricSync, TrainingHooks
+from lightning_tspipe.training import MetricSync, Requeue, TrainingHooks
 from lightning_tspipe.whole import WholeGradient
 
 
@@ -32,6 +32,7 @@ class Fitting:
         planner: makes the schedules.
         microbatches: what the user asked for.
         rank, stages: which stage this is, of how many.
+        signals: where signals are noted.
     """
 
     def __init__(
@@ -44,17 +45,18 @@ class Fitting:
         microbatches: int | Literal["auto"],
         rank: int,
         stages: int,
+        signals: _lightning.SignalLink,
     ) -> None:
         self._trainer, self._module, self._comm = trainer, module, comm
         self._microbatches, self._rank, self._stages = microbatches, rank, stages
         self._teacher = _momentum_teacher(module)
         span = _lightning.profiler_span(trainer)
         self.runtime = Runtime(stage, comm, planner, self._teacher, module.loss_over, rank, stages, span)
-        self._signals = _lightning.SignalLink(trainer)
+        self._signals = signals
         self._hooks = TrainingHooks(trainer, module, self._signals)
         self._feed: Feed | None = None
         self._loaded = 0
-        self._undo: list[Callable[[], None]] = [self._signals.close]
+        self._undo: list[Callable[[], None]] = []
         self.in_step = False
 
     def connect(self, places: tuple[dict[int, int], int], before_loading: Callable[[], None]) -> None:
@@ -69,11 +71,14 @@ class Fitting:
         _lightning.take_over_backward(trainer, True)
         self._undo += [link.close, partial(_lightning.take_over_backward, trainer, False)]
         self._undo.append(_lightning.skip_preparation(trainer, self.is_stand_in))
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        requeue = Requeue(self._is_requeued, self._signals)
+        callbacks.append(requeue)
+        self._undo.append(partial(callbacks.remove, requeue))
         if self._comm is None:
             return
         whole = WholeGradient(trainer.precision_plugin, self._comm, *places)
         self._undo += [whole.close, _lightning.first_rank_skips(self._module, self._comm.first_says)]
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         sync = MetricSync(self._hooks, self._comm)
         callbacks.insert(0, sync)
         self._undo.append(partial(callbacks.remove, sync))
@@ -124,6 +129,9 @@ class Fitting:
     def is_stand_in(self, batch: Any) -> bool:
         """Whether this is the current batch as Lightning was given it, which is prepared already, or has no memory."""
         return self._feed is not None and batch is self._feed.stand_in
+
+    def _is_requeued(self) -> bool:
+        return self._feed is not None and self._feed.current is not None and self._feed.current.info.requeue
 
     def _version(self, step: int) -> int:
         return self._module.version_of(step, default_delay=1)

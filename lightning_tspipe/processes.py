@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_tspipe import _lightning
+from lightning_tspipe.board import World
+from lightning_tspipe.files import AtomicCheckpointIO
+from lightning_tspipe.launching import make_launcher
+
+log = logging.getLogger(__name__)
 
 
 class ProcessStrategy(ParallelStrategy):
@@ -22,6 +29,7 @@ class ProcessStrategy(ParallelStrategy):
     _backend: str | None
     _timeout: timedelta
     _failed = False
+    _world: World | None = None  # all ranks, once they are connected
 
     @property
     def is_distributed(self) -> bool:
@@ -55,7 +63,7 @@ class ProcessStrategy(ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        self._launcher = _lightning.make_launcher(self, self._start_method)
+        self._launcher = make_launcher(self, self._start_method)
 
     def set_world_ranks(self) -> None:
         """Called by Lightning before and after the processes have started."""
@@ -66,20 +74,48 @@ class ProcessStrategy(ParallelStrategy):
         super().setup_environment()
         self.set_world_ranks()
         self._backend = self._backend or ("nccl" if self.root_device.type == "cuda" else "gloo")
+        self._failed = False
+        if not dist.is_initialized():
+            self._world = None
         _lightning.init_process_group(self, self._backend, self._timeout)
+        if self._world is None and self.world_size > 1:
+            self._world = World(self.global_rank, self.world_size, self._timeout)
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        if dist.is_initialized() and self.world_size > 1 and not self._failed:
-            dist.barrier()
+        if self._world is not None and not self._failed:
+            self._world.any()
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not dist.is_initialized() or self.world_size == 1:
-            return obj
-        objects = [obj]
-        dist.broadcast_object_list(objects, src=src)
-        return objects[0]
+        return obj if self._world is None or self._failed else self._world.broadcast(obj, src)
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        self._checkpoint_io = self._checkpoint_io or AtomicCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self._is_lost:
+            log.warning("%s is not saved: every rank has its own stage only, and one is lost", filepath)
+        else:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if not self._is_lost:  # what should have taken its place was not saved
+            super().remove_checkpoint(filepath)
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether the whole is gone, so that callbacks which save at an exception have nothing to save."""
+        return self._failed and self.world_size > 1
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

@@ -42,11 +42,11 @@ class StepHooks(Protocol):
     def after_backward(self, loss: Tensor) -> None:
         """Called on every rank after its last backward."""
 
-    def terminating(self) -> bool:
-        """Whether this rank was asked to end the job."""
+    def asked(self) -> int:
+        """What signals have asked of this rank, as bits."""
 
-    def terminate(self) -> None:
-        """A rank behind this one was asked to end the job."""
+    def ask(self, what: int) -> None:
+        """Note what they have asked of a rank behind this one."""
 
 
 class Runtime:
@@ -369,7 +369,7 @@ class Runtime:
         """Send loss and logged values upstream, ahead of the gradients."""
         self._report = mean_of(self._reports)
         if self._relay is not None:
-            self._relay.pass_on(self._report, self._hooks.terminating())
+            self._relay.pass_on(self._report, self._hooks.asked())
 
     def _take_report(self, batch: Batch) -> None:
         """Take loss and logged values from below, and pass them on.
@@ -384,10 +384,9 @@ class Runtime:
         if self._backwards != due:
             self._hooks.before_backward(torch.zeros((), device=self._stage.device))
             return
-        self._report, terminate = self._relay.take()
-        if terminate:
-            self._hooks.terminate()
+        self._report, asked = self._relay.take()
+        self._hooks.ask(asked)
         if self._rank:
-            self._relay.pass_on(self._report, terminate or self._hooks.terminating())
+            self._relay.pass_on(self._report, self._hooks.asked())
         if due == 0:
             self._hooks.before_backward(self._report.values[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import traceback
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tspipe import _lightning
+from lightning_tspipe.board import let_go
 from lightning_tspipe.checkpoint import KEY, Groups, Shards, random_state, set_random_state
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.errors import PipelineError
@@ -35,6 +37,8 @@ from lightning_tspipe.processes import ProcessStrategy
 from lightning_tspipe.refuse import SEVERAL_OPTIMIZERS, check_optimizers, check_strategy_arguments, check_trainer
 from lightning_tspipe.schedule import Costs, Schedule
 from lightning_tspipe.stage import Network, Stage
+
+log = logging.getLogger(__name__)
 
 
 class TSPipeStrategy(ProcessStrategy):
@@ -81,7 +85,8 @@ class TSPipeStrategy(ProcessStrategy):
         self._fitting: Fitting | None = None
         self._groups: Groups = []
         self._undo: list[Callable[[], None]] = []
-        self._failed = False
+        self._signals: _lightning.SignalLink | None = None
+        self._heard: BaseException | None = None  # the exception that `on_exception` has handled
         self._seed = 0
         self._resumed: Mapping[str, Any] = {}  # what a checkpoint holds of ours
 
@@ -120,8 +125,8 @@ class TSPipeStrategy(ProcessStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None and self.lightning_module is not None
-        self._failed = False
         self.accelerator.setup(trainer)
+        self._signals = _lightning.SignalLink(trainer, self.world_size == 1)
         check_trainer(trainer, self.lightning_module, self.world_size, self._stages)
         module, stages, rank = self._module, self.world_size, self.global_rank
         module.check_networks()
@@ -130,7 +135,8 @@ class TSPipeStrategy(ProcessStrategy):
         source = None if module.momentum is None else module.ema_source()
         parts = partition(module.student, module.teacher, stages, self._balance, source)
         if stages > 1:
-            self._comm = Comm(rank, stages, self.root_device, self._backend or "gloo", self._timeout)
+            assert self._world is not None
+            self._comm = Comm(rank, stages, self.root_device, self._backend or "gloo", self._world)
             _lightning.retire_process_observer()
         self._shards = Shards(module, parts.owners(), rank, self._comm)
         self._seed = self._resumed.get("seed", self.broadcast(torch.initial_seed()))
@@ -145,7 +151,9 @@ class TSPipeStrategy(ProcessStrategy):
             lookahead = module.momentum is None or module.teacher_delay != 0
             post_ahead = 0 if self._comm is None else self._comm.post_ahead
             planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule, post_ahead)
-            self._fitting = Fitting(trainer, module, self._stage, self._comm, planner, self._microbatches, rank, stages)
+            self._fitting = Fitting(
+                trainer, module, self._stage, self._comm, planner, self._microbatches, rank, stages, self._signals
+            )
             self._fitting.connect(self._shards.places(self._groups), self._restore_random_state)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -191,7 +199,7 @@ class TSPipeStrategy(ProcessStrategy):
             return dataloader
         if self._module.trainer.training:
             return SilentLoader(dataloader) if self.global_rank else dataloader
-        return SharedLoader(dataloader, self._comm)
+        return SharedLoader(dataloader, self._comm, self._end_if_asked)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -220,6 +228,14 @@ class TSPipeStrategy(ProcessStrategy):
     def on_train_end(self) -> None:
         assert self._fitting is not None
         self._fitting.end()
+        self._end_if_asked()  # what came too late for the last step
+
+    def _end_if_asked(self) -> None:
+        """End the job here, on all ranks, if one of them has received a SIGTERM."""
+        assert self._signals is not None
+        asked = self._signals.received
+        if asked if self._world is None else self._world.any(asked):
+            self._signals.stop()
 
     @override
     def on_validation_start(self) -> None:
@@ -291,39 +307,74 @@ class TSPipeStrategy(ProcessStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        self._failed = True
-        if self._comm is not None and not isinstance(exception, PipelineError | SystemExit):
-            text = "".join(traceback.format_exception(exception))
-            self._comm.board.report(f"rank {self.global_rank} (stage {self.global_rank}) failed:\n{text}")
-        if isinstance(exception, SIGTERMException):
+        """Called before and after the callbacks hear of it; the first call counts."""
+        if exception is self._heard:
+            return
+        self._heard = exception
+        where = f"rank {self.global_rank} (stage {self.global_rank})"
+        if isinstance(exception, SIGTERMException):  # an orderly end: every rank is at the same step boundary
             exception.code = 128 + signal.SIGTERM
-        if isinstance(exception, SystemExit) and self._fitting is not None:
-            self._failed = False  # an orderly end: every rank is at the same step boundary
-            self.on_train_end()
+            try:
+                if self._fitting is not None:
+                    self._fitting.end()
+            except BaseException as error:
+                self.on_exception(error)
+                raise
+            log.warning("%s ends after step %d, as SIGTERM asks", where, self._module.trainer.global_step)
+            return
+        self._failed = True
+        if isinstance(exception, KeyboardInterrupt):
+            text = f"{where} was interrupted (SIGINT, Ctrl-C)"
+            log.error(text)
+        else:
+            text = f"{where} failed:\n{''.join(traceback.format_exception(exception))}"
+        if self._world is not None and not isinstance(exception, PipelineError):
+            self._world.board.report(text)
+        let_go(exception)
+        _lightning.stop_loading()
+        self._disconnect()
 
     @override
     def teardown(self) -> None:
         fitting, self._fitting = self._fitting, None
         if fitting is not None:
             fitting.close()
+        if self._signals is not None:
+            self._signals.close()
         for undo in reversed(self._undo):
             undo()
         self._undo = []
-        if self._shards is not None and not self._failed:
-            self._shards.restore([] if fitting is None else self.optimizers, self._groups)
-        if self._comm is not None:
+        try:
             if not self._failed:
-                self._comm.drain()
-            self._comm.close()
-            if self._failed:
-                dist.destroy_process_group()  # wakes the peers that wait for this rank
-                self._comm.board.linger(self.world_size)
-        self._comm = self._shards = self._stage = None
-        self._resumed = {}
+                self._make_whole([] if fitting is None else self.optimizers)
+        except BaseException as exception:
+            self.on_exception(exception)
+            raise
+        finally:
+            self._disconnect()
+            if self._failed and self._world is not None:
+                self._world.board.linger(self.world_size)
+                self._world = None
+            self._stage = self._heard = None
+            self._resumed = {}
         if self._failed:
             self.precision_plugin.teardown()
         else:
             super().teardown()
+
+    def _make_whole(self, optimizers: list[Optimizer]) -> None:
+        if self._shards is not None:
+            self._shards.restore(optimizers, self._groups)
+        if self._comm is not None:
+            self._comm.drain()
+
+    def _disconnect(self) -> None:
+        if self._comm is not None:
+            self._comm.close()
+        self._comm = self._shards = None
+        if self._failed and self._world is not None and dist.is_initialized():
+            self._world.close()
+            dist.destroy_process_group()  # wakes the peers that wait for this rank
 
 
 TSPipeStrategy.register_strategies(StrategyRegistry)

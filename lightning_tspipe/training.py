@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -69,13 +69,13 @@ class TrainingHooks:
         self._trainer.precision_plugin.post_backward(scaled, self._module)
         self._trainer.strategy.post_backward(scaled)
 
-    def terminating(self) -> bool:
-        """Whether this rank has received a SIGTERM."""
-        return self._signals.received
+    def asked(self) -> int:
+        """What signals have asked of this rank."""
+        return self._signals.asked
 
-    def terminate(self) -> None:
-        """A rank behind this one has received a SIGTERM."""
-        self._signals.received = True
+    def ask(self, what: int) -> None:
+        """What they have asked of a rank behind this one."""
+        self._signals.ask(what)
 
     def finish(self, report: LossReport, on_loss_rank: bool) -> Tensor | dict[str, Any]:
         """Make the recorded `self.log` calls on this rank, and give what `training_step` returns.
@@ -99,6 +99,25 @@ class TrainingHooks:
                     _lightning.set_cached_value(metric, value)
                 self._module.log(entry.name, metric, **dict(entry.options))
         return outputs["loss"] if len(outputs) == 1 else outputs
+
+
+class Requeue(pl.Callback):
+    """Saves the job and queues it again, as SLURM has asked, at the end of the batch that every rank was told of.
+
+    Args:
+        is_due: whether the current batch is that one.
+        signals: what does it.
+    """
+
+    def __init__(self, is_due: Callable[[], bool], signals: _lightning.SignalLink) -> None:
+        self._is_due, self._signals, self._due = is_due, signals, False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Wait for the end of an accumulation window, since gradients are not saved."""
+        self._due = self._due or self._is_due()
+        if self._due and not _lightning.accumulates(trainer):
+            self._due = False
+            self._signals.requeue_now()
 
 
 class MetricSync(pl.Callback):

@@ -23,7 +23,7 @@ class Signals:
     """Stands for `SignalLink`."""
 
     def __init__(self) -> None:
-        self.received = self.acted = False
+        self.received = self.requeue = self.acted = False
 
     def act(self) -> None:
         self.acted = True

@@ -27,7 +27,9 @@ ORDER = (
     *(
         "_lightning",
         "whole",
+        "launching",
         "module",
+        "files",
         "processes",
         "feed",
         "training",
@@ -39,7 +41,8 @@ ORDER = (
     ),
 )
 STDLIB_ONLY = {"errors", "schedule", "simulate"}
-KNOW_LIGHTNING = {"_lightning", "module", "processes", "training", "fitting", "refuse", "strategy", "cli", "__init__"}
+KNOW_LIGHTNING = {"_lightning", "launching", "module", "files", "processes", "training", "fitting", "refuse"}
+KNOW_LIGHTNING |= {"strategy", "cli", "__init__"}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
 COMMUNICATES = re.compile(r"send|recv|broadcast|reduce|gather|scatter|all_to_all|barrier|P2POp")

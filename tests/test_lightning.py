@@ -13,7 +13,9 @@ import pytest
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.utilities import exceptions
 from torch import nn
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchmetrics import MeanMetric
 
 from lightning_tspipe import _lightning
@@ -26,6 +28,7 @@ MODULE_NAMES = {
     "_MultiProcessingLauncher": "lightning.pytorch.strategies.launchers",
     "_SubprocessScriptLauncher": "lightning.pytorch.strategies.launchers",
     "_call_lightning_module_hook": "lightning.pytorch.trainer.call",
+    "_MultiProcessingDataLoaderIter": "torch.utils.data.dataloader",
 }
 PARAMETERS = {
     "_init_dist_connection": ("cluster_environment", "torch_distributed_backend", "kwargs"),
@@ -33,6 +36,7 @@ PARAMETERS = {
     "_MultiProcessingLauncher": ("strategy", "start_method"),
     "_SubprocessScriptLauncher": ("cluster_environment", "num_processes", "num_nodes"),
     "_call_lightning_module_hook": ("trainer", "hook_name"),
+    "_MultiProcessingDataLoaderIter": ("loader",),
 }
 # private attributes of objects, tested below by name
 ATTRIBUTES = {
@@ -43,11 +47,13 @@ ATTRIBUTES = {
     "automatic optimization": {"_on_before_zero_grad", "_optimizer_zero_grad"},
     "module": {"_on_before_batch_transfer", "_apply_batch_transfer_handler"},
     "trainer": {"_signal_connector", "_accelerator_connector", "_teardown"},
-    "signal connector": {"_sigterm_notifier_fn"},
+    "signal connector": {"_sigterm_notifier_fn", "_slurm_sigusr_handler_fn"},
     "metric": {"_forward_cache", "_update_count", "_computed", "_to_sync"},
     "scaler": {"_unscale_grads_"},
     "fetcher": {"_start_profiler", "_stop_profiler"},
     "thread": {"_child_processes"},
+    "iterator": {"_shutdown_workers"},
+    "exceptions": {"_TunerExitException"},
 }
 
 
@@ -71,6 +77,8 @@ class Probe(L.Callback):
             "metric": MeanMetric(),
             "scaler": torch.amp.GradScaler("cpu"),
             "LightningOptimizer": trainer.lightning_module.optimizers(),
+            "iterator": _MultiProcessingDataLoaderIter,
+            "exceptions": exceptions,
         }
 
 
