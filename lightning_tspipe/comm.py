@@ -275,6 +275,8 @@ class Comm:
 
     def close(self) -> None:
         """Let go of every connection; peers that still wait for this rank are woken by that."""
+        for end in (*self.inward.values(), *self.outward.values(), *self.lines_in.values()):
+            vars(end).clear()  # a frame of an exception may still hold it
         self.inward.clear()
         self.outward.clear()
         self.lines_in.clear()

@@ -15,7 +15,7 @@ from lightning_tspipe._lightning import ProcessLauncher, ScriptLauncher, TunerEx
 from lightning_tspipe.errors import PipelineError
 
 SIGTERM_CODE, SIGINT_CODE = 143, 130
-GRACE_S = 3.0
+GRACE_S = 1.0
 
 
 def make_launcher(strategy: Any, start_method: Any) -> Any:

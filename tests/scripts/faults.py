@@ -23,7 +23,7 @@ from typing_extensions import override
 from lightning_tspipe import TSPipeStrategy
 from tests.scripts.small import Small, trainer
 
-EPOCHS, BATCHES, ROWS = 3, 6, 4
+EPOCHS, BATCHES, ROWS = 3, 4, 4
 STEPS = EPOCHS * BATCHES
 
 
@@ -37,7 +37,8 @@ class Strike:
     Args:
         rank, out: this rank, and the folder where ``<rank>.struck`` notes the time.
         where: the hook that it happens in, or after; "" for none.
-        how: "raise", "disk" (no file can grow any more), or the name of a signal, which comes `delay` seconds later.
+        how: "raise", "disk" (files of this rank cannot grow any more), or the name of a signal, which comes `delay`
+            seconds later.
         victims: the ranks.
         nth: which call of the hook on that rank.
         delay: seconds.
@@ -60,13 +61,17 @@ class Strike:
                 raise Struck(f"{where} of rank {self._rank}")
             resource.setrlimit(resource.RLIMIT_FSIZE, (random.Random(self._delay).randrange(8000), -1))
         elif self._delay:
-            threading.Timer(self._delay, self._signal).start()
+            threading.Thread(target=self._signal, daemon=True).start()
         else:
             self._signal()
 
     def _signal(self) -> None:
+        time.sleep(self._delay)
         self._note()
         os.kill(os.getpid(), getattr(signal, self._how))
+        while self._how == "SIGINT" and self._delay:  # Python loses one that comes while it deletes an object
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGINT)
 
     def _note(self) -> None:
         (self._out / f"{self._rank}.struck").write_text(str(time.time()))
@@ -177,14 +182,15 @@ class Loader:
 
 
 def _pretend_slurm(rank: int, out: Path, devices: int) -> None:
-    """SLURM's variables, and an `scontrol` that notes its arguments in ``scontrol.txt``."""
+    """SLURM's variables, and an `scontrol` that notes its arguments in ``scontrol.txt`` and ends the ranks."""
+    (out / f"{rank}.id").write_text(f"{os.getpid()}\n")
     os.environ.update(
         SLURM_JOB_ID="1234", SLURM_JOB_NAME="train", SLURM_NTASKS=str(devices), SLURM_NTASKS_PER_NODE=str(devices),
         SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_NODEID="0", PATH=f"{out}:{os.environ['PATH']}",
     )  # fmt: skip
     if rank == 0:
         file = out / "scontrol"
-        file.write_text(f'#!/bin/sh\necho "$@" >> {out}/scontrol.txt\n')
+        file.write_text(f'#!/bin/sh\necho "$@" >> {out}/scontrol.txt\nkill -TERM $(cat {out}/*.id)\n')
         file.chmod(0o755)
 
 
@@ -201,25 +207,37 @@ def run(
     on_exception: bool = False,
     workers: int = 0,
     slurm: bool = False,
-    start_method: Any = "popen",
+    every: int = 2,
+    files: str = "",
 ) -> None:
-    """One rank of a training, and of a validation after it; ``<rank>.pt`` has its weights at the end."""
+    """One rank of a training, and of a validation after it; ``<rank>.pt`` has its weights at the end.
+
+    Args:
+        rank, out, where, how, victims, nth, delay: see `Strike`.
+        devices: number of ranks.
+        resume: a checkpoint.
+        on_exception: whether a callback saves at an exception.
+        workers: of the loader.
+        slurm: whether it takes itself for a job of SLURM.
+        every: steps between checkpoints; there are others at the ends of epochs.
+        files: folder of the checkpoints; "" is ``files`` in `out`.
+    """
     logging.getLogger("lightning").setLevel(logging.ERROR)
     if slurm:
         _pretend_slurm(rank, out, devices)
     strike = Strike(rank, out, where, how, list(victims), nth, delay)
-    files = out / "files"
+    folder = Path(files or out / "files")
     callbacks: list[L.Callback] = [
         Callback(strike),
-        ModelCheckpoint(files, "{step}", every_n_train_steps=2, save_top_k=-1, save_on_train_epoch_end=False),
-        ModelCheckpoint(files, "end-{epoch}", save_last=True),
+        ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1, save_on_train_epoch_end=False),
+        ModelCheckpoint(folder, "end-{epoch}", save_last=True),
     ]
     if on_exception:
-        callbacks.append(OnExceptionCheckpoint(files))
+        callbacks.append(OnExceptionCheckpoint(folder))
     options: dict[str, Any] = {"plugins": [SLURMEnvironment()], "default_root_dir": out} if slurm else {}
     fit = trainer(
         devices,
-        TSPipeStrategy(microbatches=2, start_method=start_method),
+        TSPipeStrategy(microbatches=2),
         max_epochs=EPOCHS,
         callbacks=callbacks,
         enable_checkpointing=True,
