@@ -5,6 +5,9 @@ No file but this one, `_loaders.py` and `_metrics.py` touches private names.
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -25,47 +28,16 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessExitedException
 from torch.optim import Optimizer
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from lightning_tspipe.errors import PipelineError
-
-SIGTERM_CODE = 143
-
-
-def make_launcher(strategy: Any, start_method: Any) -> Any:
-    """The launchers of Lightning's ddp family."""
-    if start_method == "popen":
-        return _SubprocessScriptLauncher(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
-    return Launcher(strategy, start_method=start_method)
-
-
-class Launcher(_MultiProcessingLauncher):
-    """Lightning reports an exception of a spawned process in the main process only, and then waits for its result."""
-
-    def launch(self, function: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Start the processes and wait for them."""
-        try:
-            return super().launch(partial(_run_in_child, function), *args, trainer=trainer, **kwargs)
-        except ProcessExitedException as error:
-            if error.exit_code == SIGTERM_CODE:
-                raise SIGTERMException(SIGTERM_CODE) from None
-            rank = error.error_index
-            raise PipelineError(f"rank {rank} (stage {rank}) died: {error}") from error
-
-
-def _run_in_child(function: Any, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return function(*args, **kwargs)
-    except BaseException as exception:
-        trainer = function.__self__
-        trainer.strategy.on_exception(exception)
-        trainer._teardown()
-        raise
+ScriptLauncher, ProcessLauncher = _SubprocessScriptLauncher, _MultiProcessingLauncher
+TunerExit = _TunerExitException
+TERMINATE, REQUEUE = 1, 2  # what signals ask for
 
 
 def set_world_ranks(strategy: Any) -> None:
@@ -237,31 +209,79 @@ def without_profiler_hooks(trainer: pl.Trainer) -> Iterator[None]:
         register.__enter__()
 
 
+def stop_loading() -> None:
+    """End the loaders' worker processes, which hold open every connection that was there when they were forked."""
+    for found in gc.get_objects() if multiprocessing.active_children() else ():
+        if type(found) is _MultiProcessingDataLoaderIter:
+            found._shutdown_workers()
+
+
+def tear_down(trainer: pl.Trainer) -> None:
+    """What Lightning does at the end of each call of the trainer."""
+    trainer._teardown()
+
+
 def call_hook(trainer: pl.Trainer, name: str, *args: Any) -> Any:
     """Call a module hook as Lightning does (profiler span, `_current_fx_name` for `self.log`)."""
     return call._call_lightning_module_hook(trainer, name, *args)
 
 
 class SignalLink:
-    """A SIGTERM only sets a flag, and Lightning's broadcast before every batch, which would flush the pipeline, is off.
+    """A signal only sets a flag, and Lightning's broadcast before every batch, which would flush the pipeline, is off.
 
-    Lightning's own handler issues a collective, which hangs when one rank alone is signalled.
+    Lightning's own handlers issue collectives, which hang when one rank alone is signalled, or in another step.
 
     Args:
         trainer: the trainer.
-        alone: whether there is one pipeline.
+        alone: whether there is one rank only.
+        together: whether there are several pipelines, which act after the same step, once all know.
     """
 
-    def __init__(self, trainer: pl.Trainer, alone: bool) -> None:
-        self._trainer, self._alone = trainer, alone
-        self.received = self.agreed = False
+    def __init__(self, trainer: pl.Trainer, alone: bool, together: bool) -> None:
+        self._trainer, self._alone, self._together = trainer, alone, together
+        self.received = self.requeue = self._requeued = False
+        self._agreed = 0
+        connector = trainer._signal_connector
+        self._requeue = connector._slurm_sigusr_handler_fn
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        trainer._signal_connector._sigterm_notifier_fn = self._notify  # type: ignore[method-assign, assignment]
+        connector._sigterm_notifier_fn = lambda *_: self.ask(TERMINATE)  # type: ignore[method-assign]
+        connector._slurm_sigusr_handler_fn = lambda *_: self.ask(REQUEUE)  # type: ignore[method-assign]
+
+    @property
+    def asked(self) -> int:
+        """What signals have asked for."""
+        return TERMINATE * self.received + REQUEUE * self.requeue
+
+    def ask(self, what: int) -> None:
+        """A signal has come, here or on another rank."""
+        if what & TERMINATE:
+            self.received = True
+            if self._alone:
+                self.act()
+        if what & REQUEUE and not self._requeued:
+            self.requeue = True
+
+    def agree(self, what: int) -> None:
+        """Every pipeline knows what signals have asked of one of them."""
+        self._agreed |= what
 
     @property
     def due(self) -> bool:
-        """Whether this pipeline is to end; several pipelines end at the same step, once all know of it."""
-        return self.received if self._alone else self.agreed
+        """Whether this pipeline is to end."""
+        return bool(self._agreed & TERMINATE) if self._together else self.received
+
+    def take_requeue(self) -> bool:
+        """Whether this pipeline is to be queued again; it says so once."""
+        due = bool(self._agreed & REQUEUE) if self._together else self.requeue
+        if due:
+            self._agreed, self.requeue = self._agreed & ~REQUEUE, False
+        return due
+
+    def requeue_now(self) -> None:
+        """Lightning saves the job and queues it again: once, on every rank in the same place."""
+        if not self._requeued:
+            self._requeued, self.requeue = True, False
+            self._requeue(signal.SIGUSR1, None)  # type: ignore[arg-type]
 
     def act(self) -> None:
         """Every rank knows: Lightning ends the job at the end of this step."""
@@ -275,10 +295,8 @@ class SignalLink:
     def close(self) -> None:
         """Give Lightning its own methods back."""
         self._trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
-        self._trainer._signal_connector.__dict__.pop("_sigterm_notifier_fn", None)
-
-    def _notify(self, *_: object) -> None:
-        self.received = True
+        for name in ("_sigterm_notifier_fn", "_slurm_sigusr_handler_fn"):
+            self._trainer._signal_connector.__dict__.pop(name, None)
 
 
 def retire_process_observer() -> None:

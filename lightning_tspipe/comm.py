@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_tspipe import tree
-from lightning_tspipe.board import FailureBoard
+from lightning_tspipe.board import World
 from lightning_tspipe.data import Shapes, shapes_of
 from lightning_tspipe.topology import Topology
 
@@ -28,7 +28,7 @@ POSTED = 2  # receives that each channel may always have posted at once
 POSTED_BYTES = 16 * 2**20  # more of them only while they take less memory than this
 # teacher, student, gradients, loss and logged values, sums on their way up and down, targets
 KINDS = ("T", "F", "B", "L", "U", "D", "Y")
-LINES = ("header", "verdict", "relay", "eval", *KINDS)
+LINES = ("header", "verdict", "relay", "eval", "share", *KINDS)
 
 
 class Line:
@@ -183,14 +183,11 @@ class Comm:
         topology: who is who.
         device: where activations live.
         backend: "gloo" or "nccl" for the activations; gloo on CUDA goes through host memory.
-        timeout: how long a message may take before the job is given up.
-        board: where a rank that failed says why.
+        world: all ranks of the job, and how long a message may take before it is given up.
     """
 
-    def __init__(
-        self, topology: Topology, device: torch.device, backend: str, timeout: timedelta, board: FailureBoard
-    ) -> None:
-        self.stage, self.stages, self.device, self.board = topology.stage, topology.stages, device, board
+    def __init__(self, topology: Topology, device: torch.device, backend: str, world: World) -> None:
+        self.stage, self.stages, self.device, self.board = topology.stage, topology.stages, device, world.board
         self._ranks = topology.pipeline(topology.replica)
         self.messages: dict[str, int] = dict.fromkeys((*KINDS, "line"), 0)
         # a receive of gloo that waits already saves the message a round trip; one of NCCL takes a part of the GPU
@@ -200,8 +197,9 @@ class Comm:
         self._old = 0
         self.inward: dict[str, Channel] = {}
         self.outward: dict[str, Channel] = {}
+        world.any()  # the groups below would wait for a rank that has failed by now
         for replica in range(topology.replicas):  # every process takes part in making every group
-            self._connect(topology.pipeline(replica), replica == topology.replica, backend, timeout)
+            self._connect(topology.pipeline(replica), replica == topology.replica, backend, world.timeout)
         stage, stages = self.stage, self.stages
         self.lines_in = {name: Line(self, name, 0) for name in ("header", "verdict")} if stage else {}
         self.lines_out: dict[str, Line] = {}
@@ -262,18 +260,11 @@ class Comm:
 
     def start(self, call: Any, tensor: Tensor, peer: int, place: int, tag: int) -> dist.Work:
         """Start one send or receive with the peer at a place in its group; a lost connection is a `PipelineError`."""
-        try:
-            work: dist.Work = call([tree.as_bytes(tensor)], place, tag)
-        except RuntimeError as error:
-            raise self.board.explain(self._ranks[peer], error) from error
-        return work
+        return cast(dist.Work, self.board.guard(self._ranks[peer], call, [tree.as_bytes(tensor)], place, tag))
 
     def wait(self, work: dist.Work, peer: int) -> None:
         """Wait for one message; a lost connection becomes a `PipelineError`."""
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise self.board.explain(self._ranks[peer], error) from error
+        self.board.guard(self._ranks[peer], work.wait)
 
     def keep(self, work: dist.Work, buffer: Tensor, peer: int) -> None:
         """Keep the send of a line until it is certain to have been received."""
@@ -296,6 +287,8 @@ class Comm:
 
     def close(self) -> None:
         """Let go of every connection; peers that still wait for this rank are woken by that."""
+        for end in (*self.inward.values(), *self.outward.values(), *self.lines_in.values()):
+            vars(end).clear()  # a frame of an exception may still hold it
         self.inward.clear()
         self.outward.clear()
         self.lines_in.clear()
@@ -344,19 +337,21 @@ class Comm:
         """Give every rank a rank's tree of tensors and constants; the others' `value` is ignored. Not for hot paths."""
         if self.stages == 1:
             return value
-        leaves, structure = tree.flatten(value if self.stage == source else None)
-        meta: list[Any] = [(structure, shapes_of(leaves))]
-        try:
-            dist.broadcast_object_list(meta, src=self._ranks[source], group=self.control)
-            structure, shapes = meta[0]
-            buffers = [leaf.detach().cpu().contiguous() for leaf in leaves] or [
-                torch.empty(shape, dtype=dtype) for shape, dtype in shapes
-            ]
-            for buffer in buffers:
-                dist.broadcast(tree.as_bytes(buffer), src=self._ranks[source], group=self.control)
-        except RuntimeError as error:
-            raise self.board.explain(self._ranks[source], error) from error
-        return value if self.stage == source else tree.unflatten([b.to(self.device) for b in buffers], structure)
+        tag = 1 + LINES.index("share")
+        if self.stage != source:
+            structure, shapes = Line(self, "share", source).take()
+            buffers = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+            for work in [self.start(self.control.recv, buffer, source, source, tag) for buffer in buffers]:
+                self.wait(work, source)
+            return tree.unflatten([buffer.to(self.device) for buffer in buffers], structure)
+        leaves, structure = tree.flatten(value)
+        buffers = [leaf.detach().cpu().contiguous() for leaf in leaves]
+        for peer in (others := [peer for peer in range(self.stages) if peer != source]):
+            Line(self, "share", peer).send((structure, shapes_of(leaves)))
+        send = self.control.send
+        for work, peer in [(self.start(send, b, peer, peer, tag), peer) for peer in others for b in buffers]:
+            self.wait(work, peer)
+        return value
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's tree on rank 0, in host memory; None elsewhere. Not for hot paths."""

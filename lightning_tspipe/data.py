@@ -45,6 +45,7 @@ class BatchInfo:
         student, teacher: shapes of the inputs of the networks, whole batch.
         target: structure and shapes of the target.
         batch: structure and shapes of the batch as the loader gave it, for the stand-in that other ranks' hooks get.
+        requeue: whether the job saves itself and asks to be queued again when this batch is done (SLURM).
     """
 
     index: int
@@ -53,6 +54,7 @@ class BatchInfo:
     teacher: Inputs
     target: tuple[tree.Structure, Shapes]
     batch: tuple[tree.Structure, Shapes]
+    requeue: bool = False
 
     @property
     def microbatches(self) -> int:

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from lightning_tspipe._lightning import SignalLink
@@ -168,6 +169,8 @@ class LeadingFeed(Feed):
                 index = entry.info.index
                 self._raws[index], self._random[index] = raw, random
                 self._states[index] = copy.deepcopy(self.states_now())  # the loader may go on changing it
+                if self._signals.take_requeue():
+                    entry.info = replace(entry.info, requeue=True)
             except StopIteration:
                 entry = End()
         self._announce(entry if isinstance(entry, End) else entry.info)
@@ -230,17 +233,24 @@ class SilentLoader:
 
 
 class SharedLoader(SilentLoader):
-    """An evaluation loader: rank 0 iterates it, and every rank gets the same batches."""
+    """An evaluation loader: rank 0 iterates it, and every rank gets the same batches.
 
-    def __init__(self, loader: Any, comm: Comm) -> None:
+    Args:
+        loader: the user's.
+        comm: this rank's connections.
+        before_batch: called on every rank before each batch.
+    """
+
+    def __init__(self, loader: Any, comm: Comm, before_batch: Callable[[], None] = lambda: None) -> None:
         super().__init__(loader)
-        self._comm = comm
+        self._comm, self._before_batch = comm, before_batch
 
     def __iter__(self) -> Iterator[Any]:
         source = iter(self._loader) if self._comm.stage == 0 else None
         sampler = getattr(self._loader, "batch_sampler", None)
         rows: list[Any] = []
         while True:
+            self._before_batch()
             # a batch travels as a list of one, the end as an empty list; with it go the numbers of its rows
             found = [] if source is None else list(itertools.islice(source, 1))
             batch, numbers = self._comm.share((found, rows_drawn(sampler)[len(rows) : len(rows) + 1]), 0)

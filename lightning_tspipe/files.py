@@ -32,8 +32,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         file = Path(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         with _replacing(file) as part, part.open("wb") as stream:
-            torch.save(checkpoint, stream)
-            stream.flush()
+            try:
+                torch.save(checkpoint, stream)
+                stream.flush()
+            except RuntimeError as error:  # torch hides what the system said, such as that the disk is full
+                raise _os_error(error) or error from error
             os.fsync(stream.fileno())
 
 
@@ -53,6 +56,11 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    cause = error.__cause__ or error.__context__
+    return cause if cause is None or isinstance(cause, OSError) else _os_error(cause)
 
 
 @contextmanager

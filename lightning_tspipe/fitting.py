@@ -23,7 +23,7 @@ from lightning_tspipe.runtime import Runtime
 from lightning_tspipe.stage import Stage
 from lightning_tspipe.teacher import MomentumTeacher, pair_parameters
 from lightning_tspipe.topology import Topology
-from lightning_tspipe.training import MetricSync, TrainingHooks, log_what_is_here, logging_by, refuse_log
+from lightning_tspipe.training import MetricSync, Requeue, TrainingHooks, log_what_is_here, logging_by, refuse_log
 from lightning_tspipe.whole import WholeGradient
 
 
@@ -39,6 +39,7 @@ class Fitting:
         topology: who is who.
         parameters: what this rank trains.
         replicas: data-parallel replicas; None if there are none.
+        signals: where signals are noted.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Fitting:
         topology: Topology,
         parameters: Sequence[Tensor],
         replicas: Replicas | None,
+        signals: _lightning.SignalLink,
     ) -> None:
         self._trainer, self._module, self._comm = trainer, module, comm
         self._microbatches, self._topology = microbatches, topology
@@ -60,12 +62,12 @@ class Fitting:
         self.runtime = Runtime(
             stage, comm, planner, self._teacher, module.loss_over, topology, parameters, replicas, span
         )
-        self._signals = _lightning.SignalLink(trainer, replicas is None)
+        self._signals = signals
         self._hooks = TrainingHooks(trainer, module, self._signals)
         self._feed: Feed | None = None
         self._loaded = 0
         self._generators = Generators(stage.device)
-        self._undo: list[Callable[[], None]] = [self._signals.close]
+        self._undo: list[Callable[[], None]] = []
         self.in_step = False
 
     def connect(self, places: tuple[dict[int, int], int], before_loading: Callable[[], list[Any]]) -> None:
@@ -82,12 +84,15 @@ class Fitting:
         _lightning.take_over_backward(trainer, True)
         self._undo += [link.close, partial(_lightning.take_over_backward, trainer, False)]
         self._undo.append(_lightning.skip_preparation(trainer, self.is_stand_in))
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        requeue = Requeue(self._is_requeued, self._signals)
+        callbacks.append(requeue)
+        self._undo.append(partial(callbacks.remove, requeue))
         if self._comm is None:
             return
         whole = WholeGradient(trainer.precision_plugin, self._comm, *places)
         self._undo += [whole.close, _lightning.clip_by(self._module, whole.total_norm)]
         self._undo.append(_lightning.first_rank_decides(trainer, self._comm.first_says))
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         log = partial(log_what_is_here, self._module.log)
         guard = ExitStack()
         guard.enter_context(logging_by(self._module, log))
@@ -153,6 +158,9 @@ class Fitting:
     def is_stand_in(self, batch: Any) -> bool:
         """Whether this is the current batch as Lightning was given it, which is prepared already, or has no memory."""
         return self._feed is not None and batch is self._feed.stand_in
+
+    def _is_requeued(self) -> bool:
+        return self._feed is not None and self._feed.current is not None and self._feed.current.info.requeue
 
     def _version(self, step: int) -> int:
         return self._module.version_of(step, default_delay=1)

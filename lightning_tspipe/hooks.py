@@ -27,11 +27,11 @@ class StepHooks(Protocol):
     def after_backward(self, loss: Tensor) -> None:
         """Called on every rank after its last backward."""
 
-    def terminating(self) -> bool:
-        """Whether this rank was asked to end the job."""
+    def asked(self) -> int:
+        """What signals have asked of this rank, as bits."""
 
-    def terminate(self) -> None:
-        """A rank behind this one was asked to end the job."""
+    def ask(self, what: int) -> None:
+        """Note what they have asked of a rank behind this one."""
 
-    def agree(self) -> None:
-        """A replica was asked to end the job, and every replica knows of it after the same step."""
+    def agree(self, what: int) -> None:
+        """Note what they have asked of any replica; every replica knows of it after the same step."""

@@ -84,7 +84,7 @@ class LossReport:
 
 
 class LossRelay:
-    """Carries a report, and whether the job was asked to end, from the last rank up to rank 0.
+    """Carries a report, and what signals asked for, from the last rank up to rank 0.
 
     Args:
         comm: this rank's connections.
@@ -97,17 +97,17 @@ class LossRelay:
         """Post the receive of this step's report."""
         self._comm.lines_in["relay"].post()
 
-    def take(self) -> tuple[LossReport, bool]:
+    def take(self) -> tuple[LossReport, int]:
         """Wait for the report of the rank behind this one."""
-        entries, terminate = self._comm.lines_in["relay"].take()
+        entries, asked = self._comm.lines_in["relay"].take()
         size, channel = self._know(entries, self._comm.inward["L"])
         channel.post(size)
         (vector,) = channel.take()
-        return LossReport.of_vector(entries, vector), terminate
+        return LossReport.of_vector(entries, vector), asked
 
-    def pass_on(self, report: LossReport, terminate: bool) -> None:
+    def pass_on(self, report: LossReport, asked: int) -> None:
         """Send it to the rank before this one."""
-        self._comm.lines_out["relay"].send((report.entries, terminate))
+        self._comm.lines_out["relay"].send((report.entries, asked))
         size, channel = self._know(report.entries, self._comm.outward["L"])
         channel.send(size, [report.vector(self._comm.device)])
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_tspipe import _lightning
+from lightning_tspipe.board import World
+from lightning_tspipe.launching import make_launcher
 from lightning_tspipe.replicas import Replicas
 from lightning_tspipe.topology import Topology
 
@@ -24,8 +26,10 @@ class ProcessStrategy(ParallelStrategy):
     _backend: str | None
     _timeout: timedelta
     _replicas: Replicas | None = None
+    _stages: int | Literal["auto"]
     _topology = Topology(0, 1, 1)  # before it is known
     _failed = False
+    _world: World | None = None  # all ranks, once they are connected
 
     @property
     def is_distributed(self) -> bool:
@@ -59,7 +63,7 @@ class ProcessStrategy(ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        self._launcher = _lightning.make_launcher(self, self._start_method)
+        self._launcher = make_launcher(self, self._start_method)
 
     def set_world_ranks(self) -> None:
         """Called by Lightning before and after the processes have started."""
@@ -70,20 +74,27 @@ class ProcessStrategy(ParallelStrategy):
         super().setup_environment()
         self.set_world_ranks()
         self._backend = self._backend or ("nccl" if self.root_device.type == "cuda" else "gloo")
+        self._failed = False
+        if not dist.is_initialized():
+            self._world = None
         _lightning.init_process_group(self, self._backend, self._timeout)
+        stages = self.world_size if self._stages == "auto" else self._stages
+        self._topology = Topology(self.global_rank, self.world_size, stages)
+        if self._world is None and self.world_size > 1:
+            self._world = World(self._topology, self._timeout)
+
+    def describe(self, rank: int) -> str:
+        """A rank by its numbers, for messages; also where no process has been set up."""
+        return f"rank {rank} (stage {rank if self._stages == 'auto' else rank % self._stages})"
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        if dist.is_initialized() and self.world_size > 1 and not self._failed:
-            dist.barrier()
+        if self._world is not None and not self._failed:
+            self._world.any()
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not dist.is_initialized() or self.world_size == 1:
-            return obj
-        objects = [obj]
-        dist.broadcast_object_list(objects, src=src)
-        return objects[0]
+        return obj if self._world is None or self._failed else self._world.broadcast(obj, src)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from lightning_tspipe import tree
 from lightning_tspipe.batchnorm import Joint
-from lightning_tspipe.board import FailureBoard
+from lightning_tspipe.board import World
 from lightning_tspipe.topology import Topology
 
+BITS = 8  # of what signals may ask
 BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel
 OPERATIONS = {"mean": dist.ReduceOp.SUM, "avg": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN,
               "max": dist.ReduceOp.MAX, "prod": dist.ReduceOp.PRODUCT}  # fmt: skip
@@ -27,17 +27,15 @@ class Replicas:
         topology: who is who.
         device: where gradients live.
         backend: "gloo" or "nccl".
-        timeout: how long one exchange may take.
-        board: where a rank that failed says why.
+        world: all ranks of the job, and how long an exchange may take.
     """
 
-    def __init__(
-        self, topology: Topology, device: torch.device, backend: str, timeout: timedelta, board: FailureBoard
-    ) -> None:
-        self.count, self.index, self._device, self._board = topology.replicas, topology.replica, device, board
+    def __init__(self, topology: Topology, device: torch.device, backend: str, world: World) -> None:
+        self.count, self.index, self._device, self._board = topology.replicas, topology.replica, device, world.board
+        world.any()  # the groups below would wait for a rank that has failed by now
         for stage in range(topology.stages):  # every process takes part in making every group
             ranks = list(topology.peers(stage))
-            data, control = (dist.new_group(ranks, timeout=timeout, backend=name) for name in (backend, "gloo"))
+            data, control = (dist.new_group(ranks, timeout=world.timeout, backend=name) for name in (backend, "gloo"))
             if stage == topology.stage:
                 self.group, self._control = cast(dist.ProcessGroup, data), cast(dist.ProcessGroup, control)
                 self._first = ranks[0]
@@ -53,15 +51,16 @@ class Replicas:
         """For batch norms that take their statistics over all replicas."""
         return Joint(self.total, self.count)
 
-    def start(self, parameters: Sequence[Tensor], terminating: bool) -> None:
+    def start(self, parameters: Sequence[Tensor], asked: int) -> None:
         """Start to average gradients; `finish` waits for it.
 
         Args:
             parameters: this rank's, the same on every replica.
-            terminating: whether this replica was asked to end the job.
+            asked: what signals have asked of this replica, as bits.
         """
         self._parameters = parameters
-        self._votes = torch.tensor([terminating, *(p.grad is not None for p in parameters)], dtype=torch.int32)
+        votes = [bool(asked >> bit & 1) for bit in range(BITS)]
+        self._votes = torch.tensor([*votes, *(p.grad is not None for p in parameters)], dtype=torch.int32)
         self._works = [self._all_reduce(self._votes, self._control)]
         self._buckets = []
         for members in _buckets(parameters):
@@ -71,15 +70,17 @@ class Replicas:
             self._buckets.append((members, flat))
 
     @torch.no_grad()
-    def finish(self) -> bool:
+    def finish(self) -> int:
         """Wait until the gradients are averaged; a parameter without one on every replica has none.
 
         Returns:
-            Whether any replica was asked to end the job.
+            What signals have asked of any replica, as bits.
         """
         for work in self._works:
             self._wait(work)
-        terminating, *used = self._votes.tolist()
+        votes = self._votes.tolist()
+        used = votes[BITS:]
+        asked = sum(1 << bit for bit, count in enumerate(votes[:BITS]) if count)
         has = {id(p): bool(count) for p, count in zip(self._parameters, used, strict=True)}
         for members, flat in self._buckets:
             parts = torch.split(flat / self.count, [p.numel() for p in members])
@@ -90,7 +91,7 @@ class Replicas:
                     parameter.grad = torch.empty_like(parameter)
                 parameter.grad.copy_(part.view_as(parameter))
         self._works, self._buckets, self._parameters = [], [], ()
-        return bool(terminating)
+        return asked
 
     def reduce(self, value: Any, operation: str | None) -> Tensor:
         """Mean ("mean", "avg"), "sum", "min", "max" or "prod" over the replicas; None means the sum."""

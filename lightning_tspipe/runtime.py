@@ -154,8 +154,8 @@ class Runtime:
         if self._teacher is not None and updates:
             self._teacher.advance(completed, completed)  # the optimizer is about to replace this student
         self._stage.leave()
-        if self._replicas is not None and updates and self._replicas.finish():
-            self._hooks.agree()
+        if self._replicas is not None and updates:
+            self._hooks.agree(self._replicas.finish())
         assert self._report is not None
         self._hooks.after_backward(self._report.values[0])
         self._finish(batch)
@@ -289,7 +289,7 @@ class Runtime:
         self.busy["B"] += time.perf_counter() - start
         self._backwards += 1
         if self._backwards == batch.info.microbatches and self._updates and self._replicas is not None:
-            self._replicas.start(self._parameters, self._hooks.terminating())
+            self._replicas.start(self._parameters, self._hooks.asked())
 
     def _take(self, kind: str) -> Any:
         assert self._comm is not None
@@ -352,7 +352,7 @@ class Runtime:
         """Send loss and logged values upstream, ahead of the gradients."""
         self._report = mean_of(self._reports)
         if self._relay is not None:
-            self._relay.pass_on(self._report, self._hooks.terminating())
+            self._relay.pass_on(self._report, self._hooks.asked())
         self._hooks.log(self._report)
 
     def _take_report(self, batch: Batch) -> None:
@@ -368,11 +368,10 @@ class Runtime:
         if self._backwards != due:
             self._hooks.before_backward(torch.zeros((), device=self._stage.device))
             return
-        self._report, terminate = self._relay.take()
-        if terminate:
-            self._hooks.terminate()
+        self._report, asked = self._relay.take()
+        self._hooks.ask(asked)
         if self._place:
-            self._relay.pass_on(self._report, terminate or self._hooks.terminating())
+            self._relay.pass_on(self._report, self._hooks.asked())
         self._hooks.log(self._report)
         if due == 0:
             self._hooks.before_backward(self._report.values[0])

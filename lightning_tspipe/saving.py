@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from lightning_tspipe.comm import Comm
 from lightning_tspipe.files import AtomicCheckpointIO
 from lightning_tspipe.fitting import Fitting
 from lightning_tspipe.processes import ProcessStrategy
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointStrategy(ProcessStrategy):
@@ -72,7 +75,20 @@ class CheckpointStrategy(ProcessStrategy):
             _lightning.optimizers_to_device([optimizer], self.root_device)
 
     @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if not self._is_lost:  # what should have taken its place was not saved
+            super().remove_checkpoint(filepath)
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether the whole is gone, so that callbacks which save at an exception have nothing to save."""
+        return self._failed and self.world_size > 1
+
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self._is_lost:
+            log.warning("%s is not saved: every rank has its own stage only, and one is lost", filepath)
+            return
         if "optimizer_states" in checkpoint:
             checkpoint[KEY] = {"seed": self._seed, **self._random_states()}
         path = Path(filepath)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import traceback
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tspipe import _lightning, _metrics, tree
-from lightning_tspipe.board import FailureBoard
+from lightning_tspipe.board import let_go
 from lightning_tspipe.checkpoint import Shards
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.errors import PipelineError
@@ -46,6 +47,8 @@ from lightning_tspipe.saving import CheckpointStrategy
 from lightning_tspipe.schedule import Costs, Schedule
 from lightning_tspipe.stage import Network, Stage
 from lightning_tspipe.topology import Topology
+
+log = logging.getLogger(__name__)
 
 
 class TSPipeStrategy(CheckpointStrategy):
@@ -89,12 +92,12 @@ class TSPipeStrategy(CheckpointStrategy):
         check_strategy_arguments(stages, balance, start_method, process_group_backend, state_dict_type)
         self._stages, self._microbatches, self._schedule, self._balance = stages, microbatches, schedule, balance
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
-        self._board: FailureBoard | None = None
+        self._signals: _lightning.SignalLink | None = None
+        self._heard: BaseException | None = None  # the exception that `on_exception` has handled
         self._state_dict_type = state_dict_type
         self._stage: Stage | None = None
         self._partition: Partition | None = None
         self._undo: list[Callable[[], None]] = []
-        self._failed = False
 
     @classmethod
     @override
@@ -131,11 +134,11 @@ class TSPipeStrategy(CheckpointStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None and self.lightning_module is not None
-        self._failed = False
         self.accelerator.setup(trainer)
-        check_trainer(trainer, self.lightning_module, self.world_size, self._stages)
-        module, stages = self._module, self.world_size if self._stages == "auto" else self._stages
-        self._topology = topology = Topology(self.global_rank, self.world_size, stages)
+        topology = self._topology
+        self._signals = _lightning.SignalLink(trainer, topology.world_size == 1, topology.replicas > 1)
+        check_trainer(trainer, self.lightning_module, topology.world_size, self._stages)
+        module, stages = self._module, topology.stages
         module.check_networks()
         self.model = self.precision_plugin.convert_module(module)
         module.train(module.training)  # gives the teacher its own mode
@@ -161,7 +164,7 @@ class TSPipeStrategy(CheckpointStrategy):
             planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule, post_ahead)
             self._fitting = Fitting(
                 trainer, module, self._stage, self._comm, planner, self._microbatches, topology,
-                self._shards.trained(), self._replicas,
+                self._shards.trained(), self._replicas, self._signals,
             )  # fmt: skip
             self._fitting.connect(self._shards.places(self._groups), self._restore_random_states)
         self.setup_precision_plugin()
@@ -169,15 +172,13 @@ class TSPipeStrategy(CheckpointStrategy):
             _lightning.optimizers_to_device(self.optimizers, self.root_device)
 
     def _connect(self, topology: Topology) -> None:
-        if topology.world_size == 1:
+        if self._world is None:
             return
         _lightning.retire_process_observer()
-        arguments = topology, self.root_device, self._backend or "gloo", self._timeout
-        self._board = FailureBoard(topology, self._timeout)
         if topology.replicas > 1:
-            self._replicas = Replicas(*arguments, self._board)
+            self._replicas = Replicas(topology, self.root_device, self._backend or "gloo", self._world)
         if topology.stages > 1:
-            self._comm = Comm(*arguments, self._board)
+            self._comm = Comm(topology, self.root_device, self._backend or "gloo", self._world)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -224,7 +225,9 @@ class TSPipeStrategy(CheckpointStrategy):
             return dataloader
         if self._module.trainer.training:
             return SilentLoader(dataloader) if self._topology.stage else dataloader
-        return SharedLoader(dataloader, self._comm)
+        # replicas may have loaders of other lengths: they act on a signal when all are done
+        together = (self._end_if_asked,) if self._replicas is None else ()
+        return SharedLoader(dataloader, self._comm, *together)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -253,6 +256,22 @@ class TSPipeStrategy(CheckpointStrategy):
     def on_train_end(self) -> None:
         assert self._fitting is not None
         self._fitting.end()
+        self._end_if_asked()  # what came too late for the last step
+
+    def _end_if_asked(self) -> None:
+        """End the job here, on all ranks, if one of them has received a SIGTERM."""
+        assert self._signals is not None
+        asked = self._signals.received
+        if asked if self._world is None else self._world.any(asked):
+            self._signals.stop()
+
+    @override
+    def on_test_end(self) -> None:
+        self._end_if_asked()
+
+    @override
+    def on_predict_end(self) -> None:
+        self._end_if_asked()
 
     @override
     def on_validation_start(self) -> None:
@@ -293,15 +312,32 @@ class TSPipeStrategy(CheckpointStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        self._failed = True
-        if self._board is not None and not isinstance(exception, PipelineError | SystemExit):
-            text = "".join(traceback.format_exception(exception))
-            self._board.report(f"{self._topology.describe(self.global_rank)} failed:\n{text}")
-        if isinstance(exception, SIGTERMException):
+        """Called before and after the callbacks hear of it; the first call counts."""
+        if exception is self._heard:
+            return
+        self._heard = exception
+        where = self.describe(self.global_rank)
+        if isinstance(exception, SIGTERMException):  # an orderly end: every rank is at the same step boundary
             exception.code = 128 + signal.SIGTERM
-        if isinstance(exception, SystemExit) and self._fitting is not None:
-            self._failed = False  # an orderly end: every rank is at the same step boundary
-            self.on_train_end()
+            try:
+                if self._fitting is not None:
+                    self._fitting.end()
+            except BaseException as error:
+                self.on_exception(error)
+                raise
+            log.warning("%s ends after step %d, as SIGTERM asks", where, self._module.trainer.global_step)
+            return
+        self._failed = True
+        if isinstance(exception, KeyboardInterrupt):
+            text = f"{where} was interrupted (SIGINT, Ctrl-C)"
+            log.error(text)
+        else:
+            text = f"{where} failed:\n{''.join(traceback.format_exception(exception))}"
+        if self._world is not None and not isinstance(exception, PipelineError):
+            self._world.board.report(text)
+        let_go(exception)
+        _lightning.stop_loading()
+        self._disconnect()
 
     @override
     def teardown(self) -> None:
@@ -309,25 +345,42 @@ class TSPipeStrategy(CheckpointStrategy):
         if fitting is not None:
             self._ahead = fitting.ahead()
             fitting.close()
+        if self._signals is not None:
+            self._signals.close()
         for undo in reversed(self._undo):
             undo()
         self._undo = []
-        if self._shards is not None and not self._failed:
-            self._shards.restore([] if fitting is None else self.optimizers, self._groups)
-        if self._comm is not None:
+        try:
             if not self._failed:
-                self._comm.drain()
-            self._comm.close()
-        self._comm = self._replicas = self._shards = self._stage = self._partition = None
-        if self._board is not None and self._failed:
-            dist.destroy_process_group()  # wakes the peers that wait for this rank
-            self._board.linger()
-        self._board = None
-        self._resumed = {}
+                self._make_whole([] if fitting is None else self.optimizers)
+        except BaseException as exception:
+            self.on_exception(exception)
+            raise
+        finally:
+            self._disconnect()
+            if self._failed and self._world is not None:
+                self._world.board.linger()
+                self._world = None
+            self._stage = self._heard = self._partition = None
+            self._resumed = {}
         if self._failed:
             self.precision_plugin.teardown()
         else:
             super().teardown()
+
+    def _make_whole(self, optimizers: list[Optimizer]) -> None:
+        if self._shards is not None:
+            self._shards.restore(optimizers, self._groups)
+        if self._comm is not None:
+            self._comm.drain()
+
+    def _disconnect(self) -> None:
+        if self._comm is not None:
+            self._comm.close()
+        self._comm = self._replicas = self._shards = None
+        if self._failed and self._world is not None and dist.is_initialized():
+            self._world.close()
+            dist.destroy_process_group()  # wakes the peers that wait for this rank
 
 
 TSPipeStrategy.register_strategies(StrategyRegistry)

@@ -65,17 +65,17 @@ class TrainingHooks:
         self._trainer.precision_plugin.post_backward(scaled, self._module)
         self._trainer.strategy.post_backward(scaled)
 
-    def terminating(self) -> bool:
-        """Whether this rank has received a SIGTERM."""
-        return self._signals.received
+    def asked(self) -> int:
+        """What signals have asked of this rank."""
+        return self._signals.asked
 
-    def agree(self) -> None:
-        """A replica has received a SIGTERM, and all know of it."""
-        self._signals.agreed = True
+    def ask(self, what: int) -> None:
+        """What they have asked of a rank behind this one."""
+        self._signals.ask(what)
 
-    def terminate(self) -> None:
-        """A rank behind this one has received a SIGTERM."""
-        self._signals.received = True
+    def agree(self, what: int) -> None:
+        """What they have asked of any replica, as all know now."""
+        self._signals.agree(what)
 
     def log(self, report: LossReport) -> None:
         """Make the `self.log` calls that were recorded in `loss`, in the place where the twin makes them."""
@@ -125,6 +125,25 @@ def log_what_is_here(log: Callable[..., None], name: str, value: Any, *args: Any
             "the parameters of its own stage only. Log it in `loss`, or skip tensors whose `is_meta` is true."
         )
     log(name, value, *args, **kwargs)
+
+
+class Requeue(pl.Callback):
+    """Saves the job and queues it again, as SLURM has asked, at the end of the batch that every rank was told of.
+
+    Args:
+        is_due: whether the current batch is that one.
+        signals: what does it.
+    """
+
+    def __init__(self, is_due: Callable[[], bool], signals: _lightning.SignalLink) -> None:
+        self._is_due, self._signals, self._due = is_due, signals, False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Wait for the end of an accumulation window, since gradients are not saved."""
+        self._due = self._due or self._is_due()
+        if self._due and not _lightning.accumulates(trainer):
+            self._due = False
+            self._signals.requeue_now()
 
 
 class MetricSync(pl.Callback):

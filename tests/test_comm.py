@@ -17,7 +17,7 @@ from torch import multiprocessing
 
 from lightning_tspipe import comm as comm_file
 from lightning_tspipe import tree
-from lightning_tspipe.board import FailureBoard
+from lightning_tspipe.board import World
 from lightning_tspipe.comm import HEADER_BYTES, Comm, Line
 from lightning_tspipe.errors import PipelineError
 from lightning_tspipe.topology import Topology
@@ -34,7 +34,7 @@ def ranks(body: Callable[[Comm], Any], count: int = 2, ends: bool = True) -> lis
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
         dist.init_process_group("gloo", rank=rank, world_size=count, timeout=timedelta(seconds=20))
         topology, timeout = Topology(rank, count, count), timedelta(seconds=20)
-        comm = Comm(topology, CPU, "gloo", timeout, FailureBoard(topology, timeout))
+        comm = Comm(topology, CPU, "gloo", World(topology, timeout))
         try:
             pipe.send(body(comm))
             if ends:

@@ -165,6 +165,27 @@ def test_a_script_ends_with_all_its_processes(tmp_path: Path, number: int, victi
         script.close()
 
 
+@pytest.mark.parametrize("everyone", [False, True], ids=["main", "group"])
+@pytest.mark.timeout(100)
+def test_ctrl_c_ends_a_script_and_every_rank_says_so(tmp_path: Path, everyone: bool) -> None:
+    """Sent to the main process alone, or to the whole group as a terminal does."""
+    script = Script(tmp_path, ranks=2)
+    try:
+        script.wait_until_training()
+        (os.killpg if everyone else os.kill)(script.main.pid, signal.SIGINT)
+        until(lambda: script.main.poll() is not None, LIMIT_S, "the main process did not end")
+        until(lambda: not marked(script.marker), 5, "a process was left behind")
+        assert script.main.returncode == 1, script.text
+        interrupted = "rank 0 (stage 0) was interrupted (SIGINT, Ctrl-C)"
+        if everyone:
+            assert script.text.count("was interrupted") >= 2, script.text
+        else:
+            assert f"Rank 1 stops because the pipeline lost a rank: {interrupted}" in script.text
+            assert script.text.splitlines().count(interrupted) == 1, script.text
+    finally:
+        script.close()
+
+
 @pytest.mark.parametrize("method", ["fork"])
 @pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGTERM, 1)])
 @pytest.mark.timeout(60)
@@ -184,9 +205,15 @@ def test_processes_that_lightning_forks_end_together(
 
 
 @pytest.mark.timeout(60)
-def test_a_forked_job_whose_main_process_is_asked_to_end(zygote: Zygote, tmp_path: Path) -> None:
-    codes = zygote.run("tests.scripts.train:run_and_end_main", 1, tmp_path)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 1)])
+def test_a_forked_job_whose_main_process_is_asked_to_end(
+    zygote: Zygote, tmp_path: Path, number: int, code: int
+) -> None:
+    codes = zygote.run("tests.scripts.train:run_and_end_main", 1, tmp_path, number=number, deadline=20)
     (text,) = outputs(tmp_path, 1)
-    assert codes in ([143], [-signal.SIGTERM]), text
+    assert codes in ([143], [code]), text
+    if number == signal.SIGINT:
+        for rank in range(2):
+            assert f"rank {rank} (stage {rank}) was interrupted (SIGINT, Ctrl-C)\n" in text
     pids = [int((tmp_path / f"{rank}.pid").read_text()) for rank in range(2)]
     until(lambda: not any(map(alive, pids)), 5, "a process was left behind")

@@ -23,11 +23,15 @@ class Signals:
     """Stands for `SignalLink`."""
 
     def __init__(self) -> None:
-        self.received = self.acted = False
+        self.received = self.requeue = self.acted = False
 
     @property
     def due(self) -> bool:
         return self.received
+
+    def take_requeue(self) -> bool:
+        asked, self.requeue = self.requeue, False
+        return asked
 
     def act(self) -> None:
         self.acted = True

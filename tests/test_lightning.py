@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks import LearningRateFinder, ThroughputMonitor
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.profilers import PyTorchProfiler
+from lightning.pytorch.utilities import exceptions
 from torch import nn
 from torch.utils.data import BatchSampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchmetrics import MeanMetric
 
 from lightning_tspipe import _lightning, _loaders, _metrics
@@ -34,6 +36,7 @@ MODULE_NAMES = {
     "_select_data_fetcher": "lightning.pytorch.loops.fit_loop",
     "_PrefetchDataFetcher": "lightning.pytorch.loops.fetchers",
     "_WrappingCheckpointIO": "lightning.pytorch.plugins.io.wrapper",
+    "_MultiProcessingDataLoaderIter": "torch.utils.data.dataloader",
 }
 PARAMETERS = {
     "_init_dist_connection": ("cluster_environment", "torch_distributed_backend", "kwargs"),
@@ -46,6 +49,7 @@ PARAMETERS = {
     "_select_data_fetcher": ("trainer", "stage"),
     "_PrefetchDataFetcher": ("prefetch_batches",),
     "_WrappingCheckpointIO": ("checkpoint_io",),
+    "_MultiProcessingDataLoaderIter": ("loader",),
 }
 # private attributes of objects, tested below by name
 ATTRIBUTES = {
@@ -56,7 +60,7 @@ ATTRIBUTES = {
     "automatic optimization": {"_on_before_zero_grad", "_optimizer_zero_grad"},
     "module": {"_on_before_batch_transfer", "_apply_batch_transfer_handler"},
     "trainer": {"_signal_connector", "_accelerator_connector", "_teardown", "_val_check_time_interval"},
-    "signal connector": {"_sigterm_notifier_fn"},
+    "signal connector": {"_sigterm_notifier_fn", "_slurm_sigusr_handler_fn"},
     "metric": {"_forward_cache", "_update_count", "_computed", "_to_sync"},
     "scaler": {"_unscale_grads_"},
     "fetcher": {"_start_profiler", "_stop_profiler"},
@@ -64,6 +68,8 @@ ATTRIBUTES = {
     "throughput monitor": {"_throughputs"},
     "learning rate finder": {"_early_exit"},
     "thread": {"_child_processes"},
+    "iterator": {"_shutdown_workers"},
+    "exceptions": {"_TunerExitException"},
 }
 
 
@@ -90,6 +96,8 @@ class Probe(L.Callback):
             "throughput monitor": ThroughputMonitor(len),
             "learning rate finder": LearningRateFinder(),
             "LightningOptimizer": trainer.lightning_module.optimizers(),
+            "iterator": _MultiProcessingDataLoaderIter,
+            "exceptions": exceptions,
         }
 
 

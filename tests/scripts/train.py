@@ -6,7 +6,6 @@ TSPIPE_TEST_DIR is where each rank writes ``<rank>.pid`` when it has made some s
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -110,13 +109,13 @@ def run(
     fit.fit(Model(), DataLoader(Endless(), 4))
 
 
-def run_and_end_main(rank: int, out: Path) -> None:
-    """The main process of a forked job is sent a SIGTERM once both ranks train."""
+def run_and_end_main(rank: int, out: Path, number: int) -> None:
+    """The main process of a forked job is sent a signal once both ranks train."""
 
     def strike() -> None:
         while len(list(out.glob("*.pid"))) < 2:
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=strike, daemon=True).start()
     run(rank, out, devices=2, start_method="fork")
