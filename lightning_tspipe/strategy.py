@@ -317,6 +317,7 @@ class TSPipeStrategy(CheckpointStrategy):
             return
         self._heard = exception
         where = self.describe(self.global_rank)
+        is_rank = self._world is not None or self.world_size == 1  # and not the process that has forked the ranks
         if isinstance(exception, SIGTERMException):  # an orderly end: every rank is at the same step boundary
             exception.code = 128 + signal.SIGTERM
             try:
@@ -325,12 +326,14 @@ class TSPipeStrategy(CheckpointStrategy):
             except BaseException as error:
                 self.on_exception(error)
                 raise
-            log.warning("%s ends after step %d, as SIGTERM asks", where, self._module.trainer.global_step)
+            if is_rank:
+                log.warning("%s ends after step %d, as SIGTERM asks", where, self._module.trainer.global_step)
             return
         self._failed = True
         if isinstance(exception, KeyboardInterrupt):
             text = f"{where} was interrupted (SIGINT, Ctrl-C)"
-            log.error(text)
+            if is_rank:
+                log.error(text)
         else:
             text = f"{where} failed:\n{''.join(traceback.format_exception(exception))}"
         if self._world is not None and not isinstance(exception, PipelineError):

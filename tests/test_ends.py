@@ -102,7 +102,7 @@ def faults() -> Iterator[Fault]:
         yield fault("SIGINT", where, late=where in TRAINING)
     yield fault("SIGINT", draw.choice(TRAINING), everyone=True, late=True)
     for everyone in (False, True):
-        yield fault("SIGTERM", "on_train_batch_end", everyone, late=True, on_exception=True)
+        yield fault("SIGTERM", "on_train_batch_end", everyone, late=True)
         yield fault("SIGTERM", draw.choice(TRAINING), everyone)
     yield fault("SIGTERM", "on_train_end")
     for how in ("raise", "SIGKILL", "SIGTERM"):  # in `validate` after the fit, whose three epochs validate two batches
@@ -169,8 +169,6 @@ def test_many_faults(zygote: Zygote, tmp_path: Path, whole: dict[int, dict[str, 
         out.mkdir()
         fault.check(out, fault.run(zygote, out))
         last = check_files(list((out / "files").glob("*.ckpt")), whole)
-        if fault.options.get("on_exception"):
-            assert (out / "files/on_exception.ckpt").exists()
         if last is not None:
             resumed += 1
             resume(zygote, tmp_path / f"{number} resumed", fault.resume_on, whole, last)
@@ -200,7 +198,7 @@ def test_slurm_saves_at_a_step_boundary_and_requeues_once(
 def test_a_full_disk(zygote: Zygote, tmp_path: Path, whole: dict[int, dict[str, Tensor]]) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", disk], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], check=False).returncode:
         pytest.skip("this user cannot mount a small disk")
     try:
         assert zygote.run(RUN, 2, tmp_path, devices=2, files=str(disk)) == [1, 1]

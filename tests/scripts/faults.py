@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from typing_extensions import override
@@ -204,7 +204,6 @@ def run(
     nth: int = 1,
     delay: float = 0.0,
     resume: str | None = None,
-    on_exception: bool = False,
     workers: int = 0,
     slurm: bool = False,
     every: int = 2,
@@ -216,7 +215,6 @@ def run(
         rank, out, where, how, victims, nth, delay: see `Strike`.
         devices: number of ranks.
         resume: a checkpoint.
-        on_exception: whether a callback saves at an exception.
         workers: of the loader.
         slurm: whether it takes itself for a job of SLURM.
         every: steps between checkpoints; there are others at the ends of epochs.
@@ -232,8 +230,6 @@ def run(
         ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1, save_on_train_epoch_end=False),
         ModelCheckpoint(folder, "end-{epoch}", save_last=True),
     ]
-    if on_exception:
-        callbacks.append(OnExceptionCheckpoint(folder))
     options: dict[str, Any] = {"plugins": [SLURMEnvironment()], "default_root_dir": out} if slurm else {}
     fit = trainer(
         devices,

@@ -7,7 +7,6 @@ exit code of each rank, None for one that had to be killed. ``ends.json`` in the
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
@@ -132,8 +131,6 @@ def main() -> None:
 
     importlib.import_module("lightning_tspipe")
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # what is imported is not looked at by the children's collections, and so not copied
     for line in sys.stdin:
         print(json.dumps(_serve(json.loads(line))), flush=True)
 
