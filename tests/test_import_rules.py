@@ -20,7 +20,7 @@ ORDER = (
     # stdlib only
     *("errors", "topology", "schedule", "simulate"),
     # what a network and its schedule are
-    *("tree", "batchnorm", "partition", "teacher", "plan"),
+    *("tree", "arguments", "batchnorm", "recording", "trace", "partition", "teacher", "plan"),
     # one rank at work
     *("stage", "data", "board", "comm", "replicas", "logrelay", "checkpoint", "runtime"),
     # what meets Lightning
@@ -28,6 +28,7 @@ ORDER = (
         "_lightning",
         "whole",
         "module",
+        "example",
         "processes",
         "feed",
         "training",
@@ -39,7 +40,18 @@ ORDER = (
     ),
 )
 STDLIB_ONLY = {"errors", "topology", "schedule", "simulate"}
-KNOW_LIGHTNING = {"_lightning", "module", "processes", "training", "fitting", "refuse", "strategy", "cli", "__init__"}
+KNOW_LIGHTNING = {
+    "_lightning",
+    "module",
+    "example",
+    "processes",
+    "training",
+    "fitting",
+    "refuse",
+    "strategy",
+    "cli",
+    "__init__",
+}
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
 COMMUNICATES = re.compile(r"send|recv|broadcast|reduce|gather|scatter|all_to_all|barrier|P2POp")
