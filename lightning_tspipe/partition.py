@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_tspipe.arguments import run_network
 from lightning_tspipe.recording import extra_states_of, has_hooks, tensors_of
 from lightning_tspipe.trace import Segment, Traced
 
@@ -53,11 +54,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Partition:
-    """The layers of student and teacher, stage by stage; `traced` are the networks that were followed."""
+    """The layers of student and teacher, stage by stage.
+
+    Args:
+        traced: the networks that were followed.
+        entered: networks of structure whose first layer takes what their forward would.
+    """
 
     student: tuple[tuple[Layer, ...], ...]
     teacher: tuple[tuple[Layer, ...], ...]
     traced: Mapping[str, Traced] = field(default_factory=dict)
+    entered: frozenset[str] = frozenset()
 
     def owners(self) -> dict[str, int]:
         """The stage of every entry of the state dict of both networks, by qualified name (``student.0.weight``)."""
@@ -72,8 +79,13 @@ class Partition:
     def runs(self, network: str, stage: int) -> tuple[Layer, ...]:
         """What a stage calls, one after the other."""
         stages: tuple[tuple[Layer, ...], ...] = getattr(self, network)
-        if network not in self.traced or not stages[stage]:
-            return stages[stage]
+        if not stages[stage]:
+            return ()
+        if network not in self.traced:
+            first, *rest = stages[stage]
+            if network not in self.entered or stage or not stages[0]:
+                return stages[stage]
+            return (Layer(first.name, Entry(first.module)), *rest)
         start = sum(map(len, stages[:stage]))
         segment = Segment(self.traced[network], start, start + len(stages[stage]))
         return (Layer(stages[stage][0].name, segment),)
@@ -87,14 +99,17 @@ def layers_of(network: nn.Module, prefix: str = "") -> list[Layer]:
     """
     if not prefix and hasattr(network, NAMES_LAYERS):
         return _named_layers(network)
-    plain = isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward
-    if not plain or has_hooks(network):
+    if not _is_plain(network) or has_hooks(network):
         return [Layer(prefix, network)]
     return [
         layer
         for name, child in network.named_children()
         for layer in layers_of(child, f"{prefix}.{name}" if prefix else name)
     ]
+
+
+def _is_plain(network: nn.Module) -> bool:
+    return isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward
 
 
 def _named_layers(network: Any) -> list[Layer]:
@@ -118,6 +133,18 @@ def _named_layers(network: Any) -> list[Layer]:
                 "stage would have it. Put it into one of them."
             )
     return result
+
+
+class Entry(nn.Module):
+    """The first layer of a network, called with the arguments that an input stands for."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, value: Any) -> Any:
+        """Call it."""
+        return run_network(self.layer, value)
 
 
 class Function(nn.Module):
@@ -181,7 +208,9 @@ def partition(
                 "update needs no message. Give cuts for the student alone."
             )
         teacher_stages = _follow(student_stages, student, teacher_layers, source)
-    result = Partition(student_stages, teacher_stages, traced)
+    networks = {"student": student, "teacher": teacher}
+    entered = frozenset(name for name, network in networks.items() if not _is_plain(network))
+    result = Partition(student_stages, teacher_stages, traced, entered)
     _refuse_shared(result)
     return result
 

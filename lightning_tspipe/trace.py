@@ -338,7 +338,7 @@ def _order(recordings: list[Recording]) -> list[str]:
             if step.layer is not None:
                 if step.layer not in order:
                     order.insert(place, step.layer)
-                place = order.index(step.layer) + 1
+                place = max(place, order.index(step.layer) + 1)
     return order
 
 

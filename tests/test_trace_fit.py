@@ -91,7 +91,8 @@ def test_the_pipeline_is_the_twin(make: Any) -> None:
     """Losses, gradients, weights, buffers and validations are equal on every rank at P=2 and 3."""
     micro = 1 if make is Follow else 2  # a batch norm that trains sees one microbatch at a time
     fits = [
-        Fit(make, loader, stages, micro, make_val_loader=loader, trainer={"max_epochs": 1}) for stages in (TWIN, 2, 3)
+        Fit(make, loader, stages, micro, make_val_loader=loader, trainer={"max_epochs": 1})
+        for stages in (TWIN, 2, 3, 1)
     ]
     (twin,), *others = run_fits(fits, timeout=100)
     for ranks in others:
@@ -108,5 +109,5 @@ def test_the_pipeline_is_the_twin(make: Any) -> None:
                 torch.testing.assert_close(rank["whole"][name], value, rtol=0, atol=1e-10, msg=name)
             for mine, expected in zip(rank["history"], twin["history"], strict=True):
                 torch.testing.assert_close(mine["gap"], expected["gap"], rtol=0, atol=1e-11)
-            assert len(rank["local"]) < len(twin["local"])
+            assert len(ranks) == 1 or len(rank["local"]) < len(twin["local"])
         assert seen == set(twin["grads"][0])
