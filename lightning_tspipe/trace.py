@@ -54,7 +54,7 @@ class Traced:
         self._recorder = Recorder(network, device)
         self._modules = list(network.modules())
         self._recordings: dict[Signature, Recording] = {}
-        self._plans: dict[tuple[Signature, int, int], _Plan] = {}
+        self._plans: dict[Signature, dict[tuple[int, int], _Plan]] = {}
         self._layer_of: dict[str, int] = {}  # by name of a parameter or buffer
         first: dict[int, str] = {}
         self._alias = {name: first.setdefault(id(tensor), name) for name, tensor in tensors_of(network).items()}
@@ -125,8 +125,9 @@ class Traced:
                 else:
                     raise _cannot(self.network, problem.__cause__, problem.name) from problem.__cause__
         if len(self._recordings) >= MOST_RECORDINGS:
-            self._recordings.clear()
-            self._plans.clear()
+            oldest = next(iter(self._recordings))
+            del self._recordings[oldest]
+            self._plans.pop(oldest, None)
         self._recordings[signature] = recording
         return recording
 
@@ -243,8 +244,8 @@ class Traced:
     def plan(self, signature: Signature, start: int, stop: int) -> tuple[Recording, _Plan]:
         """The steps of the layers from `start` to before `stop`, and what goes in and out."""
         recording = self._record(signature)
-        key = signature, start, stop
-        if key not in self._plans:
+        plans = self._plans.setdefault(signature, {})
+        if (start, stop) not in plans:
             made, last = self._lives(recording)
             layers = self._place_steps(recording)
             inputs = recording.inputs if start == 0 else self._alive_at(start, made, last)
@@ -256,8 +257,8 @@ class Traced:
                 steps.append((step, tuple(used - kept)))
                 kept |= used
             written = frozenset(value for step in mine for value in step.mutated)
-            self._plans[key] = _Plan(inputs, written & set(inputs), steps[::-1], outputs)
-        return recording, self._plans[key]
+            plans[start, stop] = _Plan(inputs, written & set(inputs), steps[::-1], outputs)
+        return recording, plans[start, stop]
 
     def _alive_at(self, layer: int, made: Mapping[int, int], last: Mapping[int, int]) -> tuple[int, ...]:
         return tuple(sorted(value for value in last if made[value] < layer <= last[value]))

@@ -371,3 +371,28 @@ def test_a_tuple_is_spread_over_arguments_that_are_needed() -> None:
     assert run_network(Net(), (1, 2)) == 6
     assert run_network(Net(), (1, 2, 3)) == 9
     assert run_network(nn.Identity(), (1, 2)) == (1, 2)
+
+
+@pytest.mark.parametrize("fault", ["lost gradient", "other values", "stale buffer"])
+def test_the_comparison_sees_faults(fault: str) -> None:
+    """What the tests of this file and of the zoo rest on."""
+
+    class Faulty(Mixed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm.momentum = 0.0 if fault == "stale buffer" else 0.1
+
+        def __deepcopy__(self, memo: Any) -> Any:  # the uncut network is a copy, which has no fault
+            other = Mixed().double()
+            other.load_state_dict(self.state_dict())
+            return other
+
+        def forward(self, x: Tensor) -> Any:
+            out = super().forward(x.detach() if fault == "other values" else x)
+            if fault == "other values":
+                out["out"] = out["out"] * 1.001
+            if fault == "lost gradient":
+                out["skip"] = (out["skip"][0].detach() + 0 * self.token, self.token)
+            return out
+
+    assert result_of(lambda: check(Faulty().double(), rows, 2)) > 1e-6

@@ -24,7 +24,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from lightning_tspipe import tree
 from lightning_tspipe.arguments import run_network
 from lightning_tspipe.partition import partition
-from lightning_tspipe.trace import Segment
+from lightning_tspipe.trace import Segment, Traced
 
 CLASSES = 3
 DOUBLE = torch.float64
@@ -271,7 +271,7 @@ def main() -> None:
         for stages in (2, 3, 4):
             network = kind.build().to(DOUBLE)
             cells.append(f"{check(network, kind.inputs, stages, kind.steps, kind.rows):.0e}")
-        count = len(segments_of(network, kind.inputs(3), 2)[0]._traced.names)  # type: ignore[union-attr]
+        count = len(Traced(network, [kind.inputs(kind.rows)], torch.device("cpu")).names)
         print("|", " | ".join([kind.name, kind.extra or "torchvision", str(count), *cells]), "|", flush=True)
 
 
