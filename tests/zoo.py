@@ -270,7 +270,8 @@ def main() -> None:
         cells = []
         for stages in (2, 3, 4):
             network = kind.build().to(DOUBLE)
-            cells.append(f"{check(network, kind.inputs, stages, kind.steps, kind.rows):.0e}")
+            gap = check(network, kind.inputs, stages, kind.steps, kind.rows)
+            cells.append(f"{gap:.0e}" if gap else "0")
         count = len(Traced(network, [kind.inputs(kind.rows)], torch.device("cpu")).names)
         print("|", " | ".join([kind.name, kind.extra or "torchvision", str(count), *cells]), "|", flush=True)
 
