@@ -17,7 +17,7 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test coverage check bench docs clean
+.PHONY: help install demo test coverage check bench models docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -58,6 +58,9 @@ check: install  ## lint, format, types and import rules
 
 bench: install  ## measure against the rivals
 	$(PY) -m tests.benchmarks $(ARGS)
+
+models: install  ## cut known networks at P=2, 3 and 4 and print the table of docs/models.md
+	$(PY) -m tests.zoo $(ARGS)
 
 docs: install  ## run the examples in the docstrings and in the Markdown pages
 	$(PY) -m pytest --doctest-modules --doctest-glob='*.md' lightning_tspipe $(wildcard README.md docs tests/test_docs.py)

@@ -28,6 +28,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
@@ -109,6 +110,17 @@ def prepare_batch(trainer: pl.Trainer, batch: Any) -> Any:
     return trainer.lightning_module._apply_batch_transfer_handler(
         batch, device=trainer.strategy.root_device, dataloader_idx=0
     )
+
+
+def loader_of(trainer: pl.Trainer) -> Any:
+    """The loader, or collection of loaders, of what the trainer runs, before any of it is iterated."""
+    loops: dict[Any, Any] = {
+        TrainerFn.FITTING: trainer.fit_loop,
+        TrainerFn.VALIDATING: trainer.validate_loop,
+        TrainerFn.TESTING: trainer.test_loop,
+        TrainerFn.PREDICTING: trainer.predict_loop,
+    }
+    return loops[trainer.state.fn]._data_source.dataloader()
 
 
 def skip_preparation(trainer: pl.Trainer, prepared: Callable[[Any], bool]) -> Callable[[], None]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tspipe.comm import Comm
-from lightning_tspipe.partition import extra_states_of, tensors_of
+from lightning_tspipe.recording import extra_states_of, tensors_of
 from lightning_tspipe.replicas import Replicas
 
 Groups = list[list[str]]

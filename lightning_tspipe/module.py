@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_tspipe._lightning import accumulates
+from lightning_tspipe.arguments import run_network
 from lightning_tspipe.teacher import Momentum, MomentumTeacher, check_momentum, pair_parameters, teacher_version
 
 
@@ -189,7 +190,7 @@ class TeacherStudentModule(pl.LightningModule):
 
 
 def _run_views(network: nn.Module, inputs: Any) -> Any:
-    return [network(view) for view in inputs] if isinstance(inputs, list) else network(inputs)
+    return [run_network(network, view) for view in inputs] if isinstance(inputs, list) else run_network(network, inputs)
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

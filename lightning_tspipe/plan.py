@@ -145,4 +145,4 @@ class Planner:
 
 
 def _parameters(layers: tuple[Layer, ...]) -> int:
-    return sum(parameter.numel() for layer in layers for parameter in layer.module.parameters())
+    return sum(layer.num_parameters for layer in layers)

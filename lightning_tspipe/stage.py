@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tspipe import tree
+from lightning_tspipe.arguments import Call
 from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint
-from lightning_tspipe.partition import Layer
+from lightning_tspipe.partition import Entry, Layer
+from lightning_tspipe.trace import Carried, Segment
 
 Network = Literal["student", "teacher"]
 Work = tuple[int, int]  # batch, microbatch
@@ -71,7 +73,10 @@ class Stage:
     def run(self, network: Network, inputs: Any) -> Any:
         """One forward outside of training: the whole batch, no microbatches, no gradient kept."""
         for layer in self._layers[network]:
-            inputs = layer(inputs)
+            if isinstance(inputs, Call) and not isinstance(layer, Entry | Segment):
+                inputs = layer(*inputs.args, **inputs.kwargs)
+            else:
+                inputs = layer(inputs)
         return inputs
 
     @torch.no_grad()
@@ -132,6 +137,8 @@ class Stage:
         return outputs
 
     def _check_structure(self, network: Network, view: int, output: Any) -> None:
+        if isinstance(output, Carried):
+            return  # its constants are of our making, and depend on the shapes
         structure = tree.flatten(output)[1]
         known = self._structures.setdefault((network, view), copy.copy(structure))
         if known != structure:

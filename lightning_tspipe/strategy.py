@@ -26,10 +26,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tspipe import _lightning, _metrics, tree
+from lightning_tspipe.arguments import Call
 from lightning_tspipe.board import let_go
 from lightning_tspipe.checkpoint import Shards
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.errors import PipelineError
+from lightning_tspipe.example import Examples
 from lightning_tspipe.feed import SharedLoader, SilentLoader
 from lightning_tspipe.fitting import Fitting
 from lightning_tspipe.module import TeacherStudentModule
@@ -143,15 +145,17 @@ class TSPipeStrategy(CheckpointStrategy):
         self.model = self.precision_plugin.convert_module(module)
         module.train(module.training)  # gives the teacher its own mode
         source = None if module.momentum is None else module.ema_source()
+        examples = Examples(trainer, module, self.broadcast)
+        networks = module.student, module.teacher
         with _lightning.without_profiler_hooks(trainer):  # a Sequential with hooks is not cut
-            self._partition = parts = partition(module.student, module.teacher, stages, self._balance, source)
+            self._partition = parts = partition(*networks, stages, self._balance, source, examples.of, self.root_device)
         self._connect(topology)
         self._shards = Shards(module, parts.owners(), topology.stage, self._comm, self._replicas)
         self._seed = self._resumed.get("seed", self.broadcast(torch.initial_seed()))
         self._shards.spread()
         self._shards.release()
         self.model_to_device()
-        mine = parts.student[topology.stage], parts.teacher[topology.stage]
+        mine = parts.runs("student", topology.stage), parts.runs("teacher", topology.stage)
         joint = None if self._replicas is None or self._layer_sync is None else self._replicas.joint
         seed = self._seed + topology.replica
         self._stage = Stage(*mine, topology.stage, topology.stage == 0, self.root_device, seed, joint)
@@ -289,7 +293,7 @@ class TSPipeStrategy(CheckpointStrategy):
         assert self._shards is not None
         self._shards.share_common()
 
-    def run_through(self, network: Network, inputs: Any) -> Any:
+    def run_through(self, network: Network, *args: Any, **kwargs: Any) -> Any:
         """A forward of one network through all stages, the same result on every rank."""
         if self._fitting is not None and self._fitting.in_step:
             raise MisconfigurationException(
@@ -297,6 +301,7 @@ class TSPipeStrategy(CheckpointStrategy):
                 "outputs that `loss` gets; in validation_step, test_step and predict_step the call works."
             )
         assert self._stage is not None and self._comm is not None
+        inputs = args[0] if len(args) == 1 and not kwargs else Call(args, kwargs)
         summary = self._fitting is not None and self._fitting.before_training and self.global_rank == 0
         return self._comm.chain(partial(self._run_for_summary if summary else self._stage.run, network), inputs)
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Structure = tuple[Any, ...]
 LEAF: Structure = ("tensor",)
+_HOLDERS = (Tensor, tuple, list, Mapping)
+_NO_RECORDS = (nn.Module, type, FunctionType, ModuleType)
 
 
 def flatten(tree: Any) -> tuple[list[Tensor], Structure]:
-    """Take a nesting of tuples, lists, dicts and constants apart.
+    """Take a nesting of tuples, lists, dicts, objects and constants apart.
 
     Args:
-        tree: tensors of any shapes, nested in tuples (named ones too), lists and mappings; all else is a constant.
+        tree: tensors of any shapes, nested in tuples (named ones too), lists, slices, mappings, dataclasses and other
+            objects that hold tensors in their attributes; all else is a constant.
 
     Returns:
         The tensors, depth first, and the structure: equal structures compare equal, and they can be pickled.
@@ -27,15 +32,40 @@ def flatten(tree: Any) -> tuple[list[Tensor], Structure]:
     return leaves, _flatten(tree, leaves)
 
 
-def _flatten(tree: Any, leaves: list[Tensor]) -> Structure:
+def _flatten(tree: Any, leaves: list[Tensor], above: tuple[int, ...] = ()) -> Structure:
     if isinstance(tree, Tensor):
         leaves.append(tree)
         return LEAF
     if isinstance(tree, Mapping):
-        return ("dict", type(tree), tuple(tree), tuple(_flatten(value, leaves) for value in tree.values()))
+        return ("dict", type(tree), tuple(tree), tuple(_flatten(value, leaves, above) for value in tree.values()))
     if isinstance(tree, tuple | list):
-        return ("sequence", type(tree), tuple(_flatten(value, leaves) for value in tree))
+        return ("sequence", type(tree), tuple(_flatten(value, leaves, above) for value in tree))
+    if isinstance(tree, slice):
+        return (
+            "sequence",
+            slice,
+            tuple(_flatten(value, leaves, above) for value in (tree.start, tree.stop, tree.step)),
+        )
+    if id(tree) not in above and _is_record(tree):
+        found, above = len(leaves), (*above, id(tree))
+        items = vars(tree) if hasattr(tree, "__dict__") else {f.name: getattr(tree, f.name) for f in fields(tree)}
+        children = tuple(_flatten(value, leaves, above) for value in items.values())
+        if len(leaves) > found:
+            return ("object", type(tree), tuple(items), children)
     return ("constant", tree)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether an object may hold tensors in its attributes."""
+    if is_dataclass(value):
+        return not isinstance(value, type)
+    kind = type(value)
+    # functions, modules, configurations and the like have no tensors that belong to a batch
+    return (
+        hasattr(value, "__dict__")
+        and any(isinstance(v, _HOLDERS) for v in vars(value).values())
+        and not issubclass(kind, _NO_RECORDS)
+    )
 
 
 def unflatten(leaves: Sequence[Tensor], structure: Structure) -> Any:
@@ -53,11 +83,17 @@ def _unflatten(leaves: Iterator[Tensor], structure: Structure) -> Any:
         case "dict":
             _, kind, keys, children = structure
             items = {key: _unflatten(leaves, child) for key, child in zip(keys, children, strict=True)}
-            return items if kind is dict else kind(items)
+            return items if kind is dict else kind(**items) if hasattr(kind, "__dataclass_fields__") else kind(items)
         case "sequence":
             _, kind, children = structure
             values = [_unflatten(leaves, child) for child in children]
-            return kind(*values) if hasattr(kind, "_fields") else kind(values)
+            return kind(*values) if hasattr(kind, "_fields") or kind is slice else kind(values)
+        case "object":
+            _, kind, keys, children = structure
+            value = object.__new__(kind)
+            for key, child in zip(keys, children, strict=True):
+                object.__setattr__(value, key, _unflatten(leaves, child))
+            return value
         case _:
             return structure[1]
 

@@ -20,17 +20,17 @@ ORDER = (
     # stdlib only
     *("errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders"),
     # what a network and its schedule are
-    *("tree", "batchnorm", "partition", "teacher", "plan"),
+    *("tree", "arguments", "batchnorm", "recording", "trace", "partition", "teacher", "plan"),
     # one rank at work
     *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "checkpoint", "runtime"),
     # what meets Lightning
-    *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "processes", "feed", "training", "fitting"),
-    *("files", "sharded", "saving", "refuse", "strategy", "cli", "__init__"),
+    *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
+    *("training", "fitting", "files", "sharded", "saving", "refuse", "strategy", "cli", "__init__"),
 )
 STDLIB_ONLY = {"errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders"}
 KNOW_LIGHTNING = {
-    *("_lightning", "_loaders", "launching", "module", "processes", "training", "fitting", "files", "saving"),
-    *("refuse", "strategy", "cli", "__init__"),
+    *("_lightning", "_loaders", "launching", "module", "example", "processes", "training", "fitting"),
+    *("files", "saving", "refuse", "strategy", "cli", "__init__"),
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 

@@ -54,7 +54,8 @@ PARAMETERS = {
 # private attributes of objects, tested below by name
 ATTRIBUTES = {
     "LightningOptimizer": {"_optimizer"},
-    "fit loop": {"_should_accumulate", "_skip_backward", "_data_fetcher", "_combined_loader"},
+    "fit loop": {"_should_accumulate", "_skip_backward", "_data_fetcher", "_combined_loader", "_data_source"},
+    "data source": {"dataloader"},
     "combined loader": {"_state_dicts"},
     "epoch loop": {"_broadcast_sigterm_tensor", "_should_check_val_fx"},
     "automatic optimization": {"_on_before_zero_grad", "_optimizer_zero_grad"},
@@ -84,6 +85,7 @@ class Probe(L.Callback):
         self.seen = {
             "fit loop": loop,
             "combined loader": loop._combined_loader,
+            "data source": loop._data_source,
             "epoch loop": loop.epoch_loop,
             "automatic optimization": loop.epoch_loop.automatic_optimization,
             "module": trainer.lightning_module,

@@ -2,6 +2,7 @@
 
 import pickle
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,8 +18,45 @@ class Pair(NamedTuple):
     right: Any
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """A dataclass with a tensor and a constant."""
+
+    value: Any
+    name: str = "name"
+
+
+@dataclass(slots=True)
+class Slots:
+    """A dataclass without a dict."""
+
+    value: Any
+
+
+class Cache:
+    """An object that holds tensors in a list."""
+
+    def __init__(self, value: Any) -> None:
+        self.layers, self.length = [value], 3
+
+    def __eq__(self, other: object) -> bool:
+        return vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 X = torch.arange(10.0).reshape(5, 2)
-TREES = [X, (X, X + 1), [X, "text"], {"a": X, "b": (X, None)}, Pair(X, 3), OrderedDict(z=X, y=[X])]
+TREES = [
+    X,
+    (X, X + 1),
+    [X, "text"],
+    {"a": X, "b": (X, None)},
+    Pair(X, 3),
+    OrderedDict(z=X, y=[X]),
+    Frozen(X),
+    Slots(X),
+    Cache(X),
+]
 
 
 @pytest.mark.parametrize("value", TREES, ids=[type(value).__name__ for value in TREES])
@@ -53,3 +91,23 @@ def test_structures_differ_when_nesting_or_constants_do() -> None:
     assert tree.flatten((X, X))[1] != tree.flatten([X, X])[1]
     assert tree.flatten({"a": X})[1] != tree.flatten({"b": X})[1]
     assert tree.flatten((X, 1))[1] != tree.flatten((X, 2))[1]
+
+
+def test_outputs_of_transformers_come_back_with_their_attributes() -> None:
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    value = outputs.BaseModelOutput(last_hidden_state=X, hidden_states=(X, X + 1))
+    leaves, structure = tree.flatten(value)
+    back = tree.unflatten(leaves, pickle.loads(pickle.dumps(structure)))
+    assert type(back) is type(value)
+    assert back.last_hidden_state is X
+    assert back.attentions is None
+    assert list(back) == ["last_hidden_state", "hidden_states"]
+
+
+def test_objects_without_tensors_are_constants_and_slices_are_taken_apart() -> None:
+    one, other = Cache(1), Cache(2)
+    one.layers, other.layers = [other], [one]
+    leaves, structure = tree.flatten(one)
+    assert leaves == []
+    assert structure[1] is one
+    assert tree.flatten(slice(X, None))[0][0] is X

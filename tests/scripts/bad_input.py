@@ -54,6 +54,46 @@ class SharedAcrossStages(Small):
         self.student[2].weight = self.student[0].weight
 
 
+class Residual(nn.Module):
+    """No Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = network(4, 4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x) + x)
+
+
+class ByValue(Residual):
+    """Its forward depends on values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(self.body(x).sum()) > -1e9 else self.head(x)
+
+
+class NoExample(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = Residual()
+
+    def student_input(self, batch: Any) -> Any:
+        raise RuntimeError("no such data")
+
+
+class CannotBeCut(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = ByValue()
+
+
+class ForgetsALayer(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = Residual()
+        self.student.pipeline_layers = lambda: [self.student.body]  # type: ignore[operator, union-attr]
+
+
 class TeacherIsStudent(Small):
     def __init__(self) -> None:
         super().__init__()
