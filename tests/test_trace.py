@@ -396,3 +396,14 @@ def test_the_comparison_sees_faults(fault: str) -> None:
             return out
 
     assert result_of(lambda: check(Faulty().double(), rows, 2)) > 1e-6
+
+
+def test_one_stage_calls_the_network_with_its_arguments() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return x * scale
+
+    parts = partition(Net(), nn.Sequential(linear()), 1)
+    (run,) = parts.runs("student", 0)
+    assert not parts.traced
+    assert torch.equal(run.module({"x": torch.ones(2), "scale": torch.full((2,), 3.0)}), torch.full((2,), 3.0))

@@ -91,8 +91,7 @@ def test_the_pipeline_is_the_twin(make: Any) -> None:
     """Losses, gradients, weights, buffers and validations are equal on every rank at P=2 and 3."""
     micro = 1 if make is Follow else 2  # a batch norm that trains sees one microbatch at a time
     fits = [
-        Fit(make, loader, stages, micro, make_val_loader=loader, trainer={"max_epochs": 1})
-        for stages in (TWIN, 2, 3, 1)
+        Fit(make, loader, stages, micro, make_val_loader=loader, trainer={"max_epochs": 1}) for stages in (TWIN, 2, 3)
     ]
     (twin,), *others = run_fits(fits, timeout=100)
     for ranks in others:
@@ -104,10 +103,18 @@ def test_the_pipeline_is_the_twin(make: Any) -> None:
             for step, grads in enumerate(rank["grads"]):
                 seen |= set(grads)
                 for name, grad in grads.items():
-                    torch.testing.assert_close(grad, twin["grads"][step][name], rtol=0, atol=1e-12, msg=name)
+                    torch.testing.assert_close(
+                        grad,
+                        twin["grads"][step][name],
+                        rtol=0,
+                        atol=1e-12,
+                        msg=lambda text, name=name: f"{name}: {text}",
+                    )
             for name, value in twin["whole"].items():
-                torch.testing.assert_close(rank["whole"][name], value, rtol=0, atol=1e-12, msg=name)
+                torch.testing.assert_close(
+                    rank["whole"][name], value, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+                )
             for mine, expected in zip(rank["history"], twin["history"], strict=True):
                 torch.testing.assert_close(mine["gap"], expected["gap"], rtol=0, atol=1e-12)
-            assert len(ranks) == 1 or len(rank["local"]) < len(twin["local"])
+            assert len(rank["local"]) < len(twin["local"])
         assert seen == set(twin["grads"][0])
