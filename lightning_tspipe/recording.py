@@ -96,6 +96,12 @@ class NotFollowed(Exception):
         self.name, self.arguments = name, arguments
 
 
+class _Fake(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Without a stand-in for CUDA where there is none: with it, autograd could not be used in forked processes."""
+
+    avoid_device_init = False
+
+
 class Recorder:
     """Records one network.
 
@@ -126,7 +132,7 @@ class Recorder:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            FakeTensorMode(allow_non_fake_inputs=True),
+            _Fake(allow_non_fake_inputs=True),
             _silent(logging.getLogger(FakeTensorMode.__module__)),
             self._without_memory() as known,
         ):

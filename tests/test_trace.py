@@ -334,6 +334,24 @@ def test_a_plain_sequential_is_not_followed() -> None:
     assert parts.runs("student", 0) == (Layer("0", network[0]), Layer("1", network[1]))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="autograd with a CUDA device forbids it for reasons of its own")
+def test_processes_may_fork_after_a_forward_was_followed() -> None:
+    """Tensors without memory would else bring a stand-in for CUDA, with which autograd ends in forked processes."""
+
+    def differentiate() -> float:
+        x = torch.ones(2, requires_grad=True)
+        (x * 3).sum().backward()
+        assert x.grad is not None
+        return float(x.grad.sum())
+
+    def follow_and_fork() -> Any:
+        network = Mixed()
+        partition(network, copy.deepcopy(network), 2, examples=lambda name: [torch.rand(2, WIDTH)])
+        return differentiate(), result_of(differentiate)
+
+    assert result_of(follow_and_fork) == (6.0, 6.0)
+
+
 def test_less_travels_where_it_costs_little() -> None:
     """The largest stage stays within 5 % of the smallest possible one."""
     costs, alive = [10, 10, 10, 1, 10, 10, 10], [0, 5, 5, 1, 5, 5, 5]
