@@ -42,7 +42,7 @@ def test_microbatches_are_averaged() -> None:
         mean_of([report(1.0), other])
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=lambda each: getattr(each, "__name__", each))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
 def test_microbatches_are_joined_as_reduce_fx_says(reduction: Any, dtype: torch.dtype) -> None:
     """And the other ranks get, bit by bit and in the same type, what the last one has."""
