@@ -29,8 +29,7 @@ class LoaderLink:
         original, module = self._loop.setup_data, cast(Any, fit_loop)
         select = module._select_data_fetcher
 
-        def our_fetcher(*args: Any) -> Fetcher:
-            inner = select(*args)
+        def ours(inner: Any) -> Fetcher:
             assert isinstance(inner, _PrefetchDataFetcher)
             inner.prefetch_batches = 0  # ours looks ahead, and knows the loader's state at each batch
             fetcher, loader = wrap(inner), cast(Any, self._loop._combined_loader)
@@ -40,13 +39,16 @@ class LoaderLink:
             return fetcher
 
         def setup_data() -> None:
-            module._select_data_fetcher = our_fetcher
+            module._select_data_fetcher = lambda *args: ours(select(*args))
             try:
                 original()
             finally:
                 module._select_data_fetcher = select
 
         self._loop.setup_data = setup_data  # type: ignore[method-assign]
+        made = self._loop._data_fetcher  # by `estimated_stepping_batches` in `configure_optimizers`
+        if made is not None:
+            self._loop._data_fetcher = cast(Any, ours(made))
 
     def close(self) -> None:
         """Take the hook out again; what is saved after the fit still holds the loaders as of the last batch."""

@@ -188,6 +188,14 @@ def scheduled(make_scheduler: Any, **config: Any) -> Any:
     return configure
 
 
+def one_cycle(module: Any) -> Any:
+    """Asks for the number of steps, for which Lightning makes the loader before training begins."""
+    steps = module.trainer.estimated_stepping_batches
+    return scheduled(lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, steps), interval="step")(
+        module
+    )
+
+
 def plateau(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.99)
 
@@ -199,7 +207,7 @@ def schedulers(make: Make) -> Any:
     makers: list[Any] = [
         (scheduled(lambda optimizer: schedulers.ExponentialLR(optimizer, 0.5)), {}),
         (cosine, {"accumulate_grad_batches": 2}),
-        (scheduled(lambda optimizer: schedulers.OneCycleLR(optimizer, 0.2, 27), interval="step"), {}),
+        (one_cycle, {}),
         (scheduled(plateau, monitor="val"), {}),
         (scheduled(plateau, monitor="loss_epoch"), {}),
         (scheduled(plateau, monitor="loss_step", interval="step", frequency=3), {}),
