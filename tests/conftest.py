@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -14,6 +15,12 @@ import torch.distributed as dist
 from tests.scripts.zygote import Zygote
 
 LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+
+
+def pytest_collection_finish() -> None:
+    """Most tests fork: what is there by now is not for a child's garbage collector, which would copy all its memory."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +37,9 @@ def clean_process() -> Iterator[None]:
     assert not dist.is_initialized(), "this test must run in a process of its own: it left torch.distributed running"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    """Forks ranks that see no GPU, for the tests of one file."""
+    """Forks ranks that see no GPU."""
     server = Zygote()
     yield server
     server.close()

@@ -19,7 +19,7 @@ CASES = [
     pytest.param(kind, stages, id=f"{kind.name}-{stages}")
     for place, kind in enumerate(KINDS)
     for stages in (2, 3, 4)
-    if ALL or stages == 2 + place % 3
+    if ALL or (stages == 2 + place % 3 and kind.name != "inception")  # which takes as long as ten others
 ]
 
 

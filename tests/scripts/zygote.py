@@ -7,6 +7,7 @@ exit code of each rank, None for one that had to be killed. ``ends.json`` in the
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -131,6 +132,8 @@ def main() -> None:
 
     importlib.import_module("lightning_tspipe")
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a child's garbage collector would else copy all that is there
     for line in sys.stdin:
         print(json.dumps(_serve(json.loads(line))), flush=True)
 
