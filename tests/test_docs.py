@@ -224,7 +224,7 @@ def test_every_callback_has_a_row() -> None:
     assert refused == {*REFUSED, "BaseFinetuning", "BatchSizeFinder"} & rows.keys()
 
 
-@pytest.mark.parametrize("name", ["Trainer", "callbacks", "tools"])
+@pytest.mark.parametrize("name", ["Trainer", "callbacks", "tools", "checkpoints", "loops", "ends"])
 def test_the_tests_in_the_tables_exist(name: str) -> None:
     for feature, meaning, test in table(LIGHTNING, f"table: {name}"):
         assert meaning, feature
