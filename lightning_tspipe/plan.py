@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 
-from lightning_tspipe.orders import Found, find_schedule, minimal_microbatches
+from lightning_tspipe.orders import ORDERS, Found, find_schedule, minimal_microbatches
 from lightning_tspipe.partition import Layer, Partition
 from lightning_tspipe.schedule import Costs, LossOver, Schedule
 from lightning_tspipe.simulate import ReplayError, replay
 
-SCHEDULES = ("auto", "afab")
+SCHEDULES = ORDERS
 
 
 def estimate_costs(partition: Partition) -> Costs:
@@ -106,6 +106,7 @@ class Planner:
             )
         )
         self._replayed: set[int] = set()
+        self._find(1)  # an order that the loss does not allow is an error here
 
     def find(self, microbatches: int) -> Found:
         """The schedule for batches of that many microbatches, and what is known of it."""

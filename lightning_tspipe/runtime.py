@@ -72,7 +72,7 @@ class Runtime:
         self._gradients: dict[int, list[Tensor | None]] = {}
         self._out: Any = None
         self._reports: list[LossReport] = []
-        self._backwards = 0
+        self._backwards = self._gradients_done = 0
         self._report: LossReport | None = None
         self._keys: dict[Hashable, int] = {}  # short names of messages' shapes
         self._next: Batch | None = None
@@ -84,9 +84,11 @@ class Runtime:
             ("run", "T"): self._teacher_forward,
             ("run", "F"): self._student_forward,
             ("run", "B"): self._backward,
+            ("run", "I"): self._backward_inputs,
+            ("run", "W"): self._backward_weights,
         }
-        for kind in "TFB":
-            self._table["recv", kind], self._table["send", kind] = partial(self._post, kind), partial(self._send, kind)
+        for kind, edge in zip("TFBI", "TFBB", strict=True):
+            self._table["recv", kind], self._table["send", kind] = partial(self._post, edge), partial(self._send, edge)
 
     @property
     def microbatches(self) -> int:
@@ -131,7 +133,7 @@ class Runtime:
         self._hooks, self._next = hooks, None
         self.current = self.schedule(batch.info.microbatches)
         self._versions[batch.info.index], self._completed, self._updates = version, completed, updates
-        self._reports, self._report, self._backwards, self._pending = [], None, 0, None
+        self._reports, self._report, self._backwards, self._gradients_done, self._pending = [], None, 0, 0, None
         self._begin(batch)
         asked = False
         for op in self._program(batch.info.microbatches, self._done.pop(batch.info.index, 0)):
@@ -276,6 +278,25 @@ class Runtime:
         self.busy["F"] += time.perf_counter() - start
 
     def _backward(self, batch: Batch, q: int) -> None:
+        self._differentiate(batch, q, self._stage.backward)
+        self._trained(batch)
+
+    def _backward_inputs(self, batch: Batch, q: int) -> None:
+        self._differentiate(batch, q, self._stage.backward_inputs)
+
+    def _backward_weights(self, batch: Batch, q: int) -> None:
+        start = time.perf_counter()
+        self._stage.backward_weights((batch.info.index, q))
+        self.busy["B"] += time.perf_counter() - start
+        self._trained(batch)
+
+    def _trained(self, batch: Batch) -> None:
+        """All gradients of one more microbatch are there."""
+        self._gradients_done += 1
+        if self._gradients_done == batch.info.microbatches and self._updates and self._replicas is not None:
+            self._replicas.start(self._parameters, self._hooks.asked())
+
+    def _differentiate(self, batch: Batch, q: int, run: Callable[[Any, Any], list[Tensor]]) -> None:
         work = (batch.info.index, q)
         if self._last:
             start = time.perf_counter()
@@ -285,11 +306,9 @@ class Runtime:
             self._take_report(batch)
             gradients = self._take("B")
             start = time.perf_counter()
-        self._out = self._stage.backward(work, gradients)
+        self._out = run(work, gradients)
         self.busy["B"] += time.perf_counter() - start
         self._backwards += 1
-        if self._backwards == batch.info.microbatches and self._updates and self._replicas is not None:
-            self._replicas.start(self._parameters, self._hooks.asked())
 
     def _take(self, kind: str) -> Any:
         assert self._comm is not None
@@ -330,6 +349,8 @@ class Runtime:
         self._reports.append(report)
         if whole:
             self._teacher_out.pop(index)
+        for p in covered:
+            self._student_out[p] = []
         if self._reports_complete(batch):
             self._teacher_out.pop(index, None)
             self._publish()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_tspipe import tree
+from lightning_tspipe import split, tree
 from lightning_tspipe.arguments import Call
 from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint
 from lightning_tspipe.partition import Entry, Layer
@@ -58,6 +58,7 @@ class Stage:
             self._generator = torch.cuda.default_generators[device.index or 0]
         self._outside: Tensor | None = None  # the generator's state outside of this stage's work
         self._saved: dict[Work, _Saved] = {}
+        self._weights: dict[Work, split.WeightBackward] = {}  # backwards of which the first part has run
         self._structures: dict[tuple[Network, int], tree.Structure] = {}
         self.norms: dict[Network, DeferredBatchNorm] = {
             network: DeferredBatchNorm(layers, joint) for network, layers in self._layers.items()
@@ -69,6 +70,7 @@ class Stage:
         for norms in self.norms.values():
             norms.restore()
         self._saved.clear()
+        self._weights.clear()
 
     def run(self, network: Network, inputs: Any) -> Any:
         """One forward outside of training: the whole batch, no microbatches, no gradient kept."""
@@ -121,6 +123,22 @@ class Stage:
             self._seed_for("student", work)
             torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
         return [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in saved.inputs]
+
+    def backward_inputs(self, work: Work, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """The first part of `backward`, with the same arguments and results; `backward_weights` does the rest."""
+        saved = self._saved.pop(work)
+        pairs = [(o, g) for o, g in zip(saved.outputs, gradients, strict=True) if o.requires_grad and g is not None]
+        if pairs:
+            self._seed_for("student", work)
+            outputs, given = [output for output, _ in pairs], [gradient for _, gradient in pairs]
+            self._weights[work] = split.backward_inputs(outputs, given, saved.inputs)
+        return [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in saved.inputs]
+
+    def backward_weights(self, work: Work) -> None:
+        """What `backward_inputs` has put off."""
+        if (rest := self._weights.pop(work, None)) is not None:
+            self._seed_for("student", work)
+            rest()
 
     def _forward(self, network: Network, work: Work, views: list[Any]) -> list[Any]:
         layers = self._layers[network]

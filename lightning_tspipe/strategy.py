@@ -60,7 +60,8 @@ class TSPipeStrategy(CheckpointStrategy):
         stages: number of stages; "auto" takes all devices. With fewer, there are several pipelines, data-parallel
             replicas that average their gradients.
         microbatches: per batch; "auto" takes the fewest that let the teacher fill the bubbles.
-        schedule: the order of the work; "auto" or "afab" (all forwards, then all backwards).
+        schedule: the order of the work; "auto", "afab" (all forwards, then all backwards), "1f1b", or "afab-split" and
+            "zb", the same two with the backward split into inputs and weights.
         balance: "auto" or "parameters", the numbers of layers of the stages, or a dict of these (`partition`).
         start_method: "popen", "spawn", "fork" or "forkserver", as in DDPStrategy.
         process_group_backend: "nccl" or "gloo"; None takes nccl on GPUs and gloo elsewhere.

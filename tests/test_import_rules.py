@@ -22,7 +22,7 @@ ORDER = (
     # what a network and its schedule are
     *("tree", "arguments", "batchnorm", "recording", "trace", "partition", "teacher", "plan"),
     # one rank at work
-    *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "checkpoint", "runtime"),
+    *("split", "stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "checkpoint", "runtime"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
     *("training", "fitting", "files", "sharded", "saving", "refuse", "strategy", "cli", "__init__"),

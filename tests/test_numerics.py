@@ -509,6 +509,19 @@ def test_loss_over_microbatches_with_accumulation(stages: int) -> None:
     check(*(case(base, microbatches=3, accumulate=a, loss_over="microbatch") for a in (2, 3)), stages=stages)
 
 
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("order", ["1f1b", "afab-split", "zb"])
+def test_every_order_computes_the_same(order: str, stages: int) -> None:
+    """Forwards and backwards in turn, and backwards in two parts; batch norms, short batches and accumulation too."""
+    loss_over = "batch" if order == "afab-split" else "microbatch"
+    bases = [replace(base, epochs=2, strategy={"schedule": order}) for base in (FROZEN, LATE, EXACT)]
+    cases = [case(base, microbatches=5, loss_over=loss_over) for base in bases]
+    cases.append(case(replace(bases[1], make_student=batch_norms), microbatches=3, loss_over=loss_over))
+    cases.append(case(bases[1], microbatches=4, loss_over=loss_over, accumulate=2))
+    for ranks in check(*cases, stages=stages):
+        assert len(ranks) == stages
+
+
 def stream() -> DataLoader[Any]:
     """A loader without a length."""
     return DataLoader(Stream(list(DataLoader(table(), BATCH))), batch_size=None)

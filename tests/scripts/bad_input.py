@@ -222,6 +222,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "FickleStudentWithin": {"balance": {"student": [2, 3]}},
     "UnknownBalance": {"balance": "speed"},
     "WrongCuts": {"balance": [1, 1]},
+    "OrderOfMicrobatches": {"schedule": "1f1b"},
     "SmallBatch": {"microbatches": 5},
 }
 

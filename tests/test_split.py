@@ -1,0 +1,183 @@
+"""The backward in two parts gives the gradients of the whole one, bit for bit, and each part does its own half only."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from lightning_tspipe.split import backward_inputs
+
+Named = dict[str, Tensor]
+
+
+def vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(
+        image_size=32, patch_size=16, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=5
+    )
+
+
+class Scale(torch.autograd.Function):
+    """A function in Python, which computes all of its gradients at once."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        Scale.calls += 1
+        x, weight = ctx.saved_tensors
+        return gradient * weight, (gradient * x).sum(0)
+
+
+class Odd(nn.Module):
+    """A tied weight, a function in Python, an embedding that is added, a bias used twice, a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.frozen = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6).requires_grad_(False)
+        self.scale, self.places, self.shift = (
+            nn.Parameter(torch.rand(6)),
+            nn.Embedding(4, 6),
+            nn.Parameter(torch.rand(6)),
+        )
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu() + self.shift
+        y = Scale.apply(y, self.scale) + self.places(torch.arange(len(x)) % 4)
+        y = self.frozen(y).tanh() * self.shift
+        y = (
+            nn.functional.linear(y, self.first.weight)
+            + nn.functional.conv1d(y[:, None], self.last.weight[:, None, :1])[:, 0]
+        )
+        return torch.cat([y, self.last.bias.expand_as(y)])
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), (4, 6)),
+    "odd": (Odd, (5, 6)),
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=5), (2, 3, 32, 32)),
+    "vit": (vit, (2, 3, 32, 32)),
+    "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2), 8, num_classes=5), (2, 3, 32, 32)),
+    "convnext": (
+        lambda: torchvision.models.ConvNeXt([torchvision.models.convnext.CNBlockConfig(16, None, 2)], num_classes=5),
+        (2, 3, 32, 32),
+    ),
+    "lstm": (lambda: nn.LSTM(6, 5, batch_first=True), (3, 4, 6)),
+}
+
+
+def gradients(network: nn.Module, x: Tensor, backward: Callable[[Tensor, Tensor], None]) -> Named:
+    """Of the input and all parameters, after two microbatches."""
+    torch.manual_seed(2)
+    x = x.clone().requires_grad_()
+    for part in (x, x * 0.5):
+        output = network(part)
+        output = output[0] if isinstance(output, tuple) else output
+        backward(output, torch.randn(output.shape, generator=torch.Generator().manual_seed(3)))
+    found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return found | {"x": x.grad}
+
+
+def prepared(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    network = make()
+    return network, copy.deepcopy(network), torch.randn(shape)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_parts_together_are_the_whole_backward(name: str) -> None:
+    one, other, x = prepared(name)
+    expected = gradients(one, x, lambda output, gradient: output.backward(gradient))
+
+    def in_parts(output: Tensor, gradient: Tensor) -> None:
+        leaf = output.detach().requires_grad_()  # stands for what the rank behind receives
+        leaf.grad = gradient
+        backward_inputs([output], [gradient], leaves_of(output))()
+
+    found = gradients(other, x, in_parts)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def leaves_of(output: Tensor) -> list[Tensor]:
+    """The input, which is the one leaf that is no parameter."""
+    stack, seen = [output.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not isinstance(leaf, nn.Parameter):
+            return [leaf]
+        stack += [child for child, _ in node.next_functions]
+    raise AssertionError("no input")
+
+
+@pytest.mark.parametrize("name", ["linear", "resnet18", "vit"])
+def test_matrices_and_filters_wait_for_the_second_part(name: str) -> None:
+    network, _, x = prepared(name)
+    x.requires_grad_()
+    output = network(x)
+    rest = backward_inputs([output], [torch.ones_like(output)], [x])
+    assert x.grad is not None
+    early = {key for key, p in network.named_parameters() if p.grad is not None}
+    tokens = ("pos_embedding", "class_token")
+    heavy = {key for key, p in network.named_parameters() if p.ndim > 1 and not any(t in key for t in tokens)}
+    assert not early & heavy, early & heavy
+    rest()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_a_function_in_python_runs_once() -> None:
+    network, _, x = prepared("odd")
+    x.requires_grad_()
+    Scale.calls = 0
+    output = network(x)
+    rest = backward_inputs([output], [torch.ones_like(output)], [x])
+    rest()
+    assert Scale.calls == 1
+
+
+def test_without_an_input_all_is_put_off() -> None:
+    """As on the first stage, whose inputs are data."""
+    network, other, x = prepared("resnet18")
+    output = network(x)
+    rest = backward_inputs([output], [torch.ones_like(output)], [x])
+    assert all(p.grad is None for p in network.parameters())
+    rest()
+    whole = other(x)
+    whole.backward(torch.ones_like(whole))
+    for ours, theirs in zip(network.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
+
+
+def test_several_outputs_and_inputs() -> None:
+    torch.manual_seed(0)
+    one, two = nn.Linear(3, 4), nn.Linear(3, 4)
+    x, y = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    outputs = [one(x) + two(y), two(y).tanh(), one(x.detach())]
+    given = [torch.randn(2, 4) for _ in outputs]
+    backward_inputs(outputs, given, [x, y])()
+    found = [x.grad, y.grad, *(p.grad for p in (*one.parameters(), *two.parameters()))]
+    x.grad = y.grad = None
+    one.zero_grad()
+    two.zero_grad()
+    torch.autograd.backward([one(x) + two(y), two(y).tanh(), one(x.detach())], given)
+    expected = [x.grad, y.grad, *(p.grad for p in (*one.parameters(), *two.parameters()))]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
