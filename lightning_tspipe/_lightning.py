@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
@@ -33,12 +34,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitE
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 ScriptLauncher, ProcessLauncher = _SubprocessScriptLauncher, _MultiProcessingLauncher
 TunerExit = _TunerExitException
 TERMINATE, REQUEUE = 1, 2  # what signals ask for
+STORES: list[Any] = []  # of this process's connections, one after another
 
 
 def set_world_ranks(strategy: Any) -> None:
@@ -52,10 +57,20 @@ def set_world_ranks(strategy: Any) -> None:
 
 
 def init_process_group(strategy: Any, backend: str, timeout: timedelta) -> None:
-    """Connect the processes as DDPStrategy does."""
+    """Connect the processes as DDPStrategy does; again, after a failure, under names of their own.
+
+    The store of the first connection stays, so that no rank connects to one that is about to go.
+    """
     reset_seed()
+    if dist.is_initialized():
+        return
+    options: dict[str, Any] = {}
+    if STORES:
+        found = rendezvous("env://", strategy.global_rank, strategy.world_size, timeout=timeout)
+        options["store"] = PrefixStore(f"connection {len(STORES)}", next(iter(found))[0])
     device = strategy.root_device if strategy.root_device.type != "cpu" else None
-    _init_dist_connection(strategy.cluster_environment, backend, timeout=timeout, device_id=device)
+    _init_dist_connection(strategy.cluster_environment, backend, timeout=timeout, device_id=device, **options)
+    STORES.append(_get_default_store())
 
 
 def wrap_checkpoint_io(io: CheckpointIO, make: Callable[[], CheckpointIO]) -> None:

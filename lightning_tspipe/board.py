@@ -77,13 +77,11 @@ class FailureBoard:
             raise self.explain(peer, error) from error
 
     def linger(self) -> None:
-        """Rank 0, whose end takes the board away, waits until every other rank has read it or is dead; they for its end.
-
-        So no rank that goes on after a failure connects again before rank 0 has let go of the old connections.
-        """
-        names = [f"seen {rank}" for rank in range(1, self._topology.world_size)]
-        with suppress(Exception):  # the connection is lost, or it took too long: they will say that rank 0 died
-            self._store.wait(["the end of rank 0"] if self._topology.rank else names, LINGER)
+        """On rank 0, whose end takes the board away: wait until every other rank has read it or is dead."""
+        if self._topology.rank:
+            return
+        with suppress(Exception):  # it took too long: they will say that rank 0 died
+            self._store.wait([f"seen {rank}" for rank in range(1, self._topology.world_size)], LINGER)
 
 
 def let_go(exception: BaseException) -> None:

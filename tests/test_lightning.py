@@ -37,6 +37,7 @@ MODULE_NAMES = {
     "_PrefetchDataFetcher": "lightning.pytorch.loops.fetchers",
     "_WrappingCheckpointIO": "lightning.pytorch.plugins.io.wrapper",
     "_MultiProcessingDataLoaderIter": "torch.utils.data.dataloader",
+    "_get_default_store": "torch.distributed.distributed_c10d",
 }
 PARAMETERS = {
     "_init_dist_connection": ("cluster_environment", "torch_distributed_backend", "kwargs"),
@@ -50,6 +51,7 @@ PARAMETERS = {
     "_PrefetchDataFetcher": ("prefetch_batches",),
     "_WrappingCheckpointIO": ("checkpoint_io",),
     "_MultiProcessingDataLoaderIter": ("loader",),
+    "_get_default_store": (),
 }
 # private attributes of objects, tested below by name
 ATTRIBUTES = {
