@@ -117,22 +117,25 @@ class Stage:
         Returns:
             One gradient per floating point input, zeros where an input was not used; none on the first stage.
         """
-        saved = self._saved.pop(work)
-        pairs = [(o, g) for o, g in zip(saved.outputs, gradients, strict=True) if o.requires_grad and g is not None]
-        if pairs:
-            self._seed_for("student", work)
-            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
-        return [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in saved.inputs]
+        saved, outputs, given = self._take(work, gradients)
+        if outputs:
+            torch.autograd.backward(outputs, given)
+        return _gradients(saved.inputs)
 
     def backward_inputs(self, work: Work, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """The first part of `backward`, with the same arguments and results; `backward_weights` does the rest."""
+        saved, outputs, given = self._take(work, gradients)
+        if outputs:
+            self._weights[work] = split.backward_inputs(outputs, given, saved.inputs)
+        return _gradients(saved.inputs)
+
+    def _take(self, work: Work, gradients: Sequence[Tensor | None]) -> tuple[_Saved, list[Tensor], list[Tensor]]:
+        """What a forward has saved, its outputs that get a gradient, and those gradients; seeds the generator again."""
         saved = self._saved.pop(work)
         pairs = [(o, g) for o, g in zip(saved.outputs, gradients, strict=True) if o.requires_grad and g is not None]
         if pairs:
             self._seed_for("student", work)
-            outputs, given = [output for output, _ in pairs], [gradient for _, gradient in pairs]
-            self._weights[work] = split.backward_inputs(outputs, given, saved.inputs)
-        return [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in saved.inputs]
+        return saved, [output for output, _ in pairs], [gradient for _, gradient in pairs]
 
     def backward_weights(self, work: Work) -> None:
         """What `backward_inputs` has put off."""
@@ -178,6 +181,10 @@ class Stage:
         if self._outside is not None:
             self._generator.set_state(self._outside)
             self._outside = None
+
+
+def _gradients(leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
 
 
 def differentiable(leaves: Sequence[Tensor]) -> list[Tensor]:
