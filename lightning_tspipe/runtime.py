@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_tspipe import tree
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, shapes_of
 from lightning_tspipe.hooks import StepHooks
-from lightning_tspipe.logrelay import LossRelay, LossReport, mean_of
+from lightning_tspipe.logrelay import LossReport
+from lightning_tspipe.lossside import LossSide
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.replicas import Replicas
 from lightning_tspipe.schedule import Action, Costs, Op, Schedule, lower, step_order
@@ -59,21 +59,16 @@ class Runtime:
         span: Callable[[str], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self._stage, self._comm, self._planner, self._teacher = stage, comm, planner, teacher
-        self._loss_over, self._topology = loss_over, topology
+        self._topology = topology
         self._place, self._last = topology.stage, topology.is_last
         self._parameters, self._replicas = parameters, replicas
-        self._relay = None if comm is None else LossRelay(comm)
+        self._loss = LossSide(stage, comm, loss_over, topology)
         self._span = span
         self._done: Counter[int] = Counter()  # batch -> teacher forwards already made
         self._versions: dict[int, int] = {}
         self._completed = 0
-        self._teacher_out: dict[int, list[list[Any]]] = {}
-        self._student_out: list[list[Any]] = []
-        self._gradients: dict[int, list[Tensor | None]] = {}
         self._out: Any = None
-        self._reports: list[LossReport] = []
-        self._backwards = self._gradients_done = 0
-        self._report: LossReport | None = None
+        self._gradients_done = 0
         self._keys: dict[Hashable, int] = {}  # short names of messages' shapes
         self._next: Batch | None = None
         self._pending: Batch | None = None  # its teacher work has begun somewhere in the pipeline
@@ -133,8 +128,8 @@ class Runtime:
         self._hooks, self._next = hooks, None
         self.current = self.schedule(batch.info.microbatches)
         self._versions[batch.info.index], self._completed, self._updates = version, completed, updates
-        self._reports, self._report, self._backwards, self._gradients_done, self._pending = [], None, 0, 0, None
-        self._begin(batch)
+        self._gradients_done, self._pending = 0, None
+        self._loss.begin(batch, hooks)
         asked = False
         for op in self._program(batch.info.microbatches, self._done.pop(batch.info.index, 0)):
             action, target = op.action, batch
@@ -158,15 +153,16 @@ class Runtime:
         self._stage.leave()
         if self._replicas is not None and updates:
             self._hooks.agree(self._replicas.finish())
-        assert self._report is not None
-        self._hooks.after_backward(self._report.values[0])
+        report = self._loss.report
+        assert report is not None
+        self._hooks.after_backward(report.values[0])
         self._finish(batch)
         if not asked:
             self._next = upcoming()
         if lookahead and self._next is not None and any(self.schedule(batch.info.microbatches).ahead):
             self._pending = self._next
             self._versions[self._next.info.index] = next_version
-        return self._report
+        return report
 
     def finish_ahead(self) -> None:
         """Do the rest of a looked-ahead batch's teacher work and forget it: no message stays under way."""
@@ -178,33 +174,15 @@ class Runtime:
         for op in lower(rest, self._place, self._topology.stages):
             self._table[op.verb, op.action.kind](batch, op.action.microbatch)
         self._stage.leave()
-        self._teacher_out.pop(index, None)
+        self._loss.forget(index)
         self._versions.pop(index, None)
         self._stage.norms["teacher"].discard(index)
         self._done.clear()
-
-    def _begin(self, batch: Batch) -> None:
-        self._student_out = []
-        if self._comm is None:
-            return
-        channels = self._comm
-        if not self._last:
-            assert self._relay is not None
-            self._relay.post()
-        structure, shapes = batch.info.target
-        key = (structure, shapes)
-        if self._place == 0 and shapes:
-            channels.outward["Y"].know(key, structure, shapes)
-            channels.outward["Y"].send(key, batch.target)
-        if self._last and shapes:
-            channels.inward["Y"].know(key, structure, shapes)
-            channels.inward["Y"].post(key)
 
     def _finish(self, batch: Batch) -> None:
         self._stage.norms["student"].commit(batch.info.index)
         self._stage.norms["teacher"].commit(batch.info.index)
         del self._versions[batch.info.index], self._done[batch.info.index]  # the number may come again: the LR finder
-        self._student_out = []
         if self._comm is not None:
             if (channel := self._comm.outward.get("F")) is not None:
                 channel.retire(batch.info.microbatches)
@@ -257,7 +235,7 @@ class Runtime:
         outputs = self._stage.teacher_forward((index, q), views)
         self._done[index] += 1
         if self._last:
-            self._teacher_out.setdefault(index, []).append(outputs)
+            self._loss.keep_teacher(index, outputs)
         else:
             self._out = outputs
         self.busy["T"] += time.perf_counter() - start
@@ -267,7 +245,7 @@ class Runtime:
         start = time.perf_counter()
         outputs = self._stage.student_forward((batch.info.index, q), views)
         if self._last:
-            self._student_out.append(outputs)
+            self._loss.keep_student(outputs)
         else:
             self._out = outputs
             assert self._comm is not None
@@ -300,99 +278,14 @@ class Runtime:
         work = (batch.info.index, q)
         if self._last:
             start = time.perf_counter()
-            self._differentiate_loss(batch, q)
-            gradients = self._gradients.pop(q)
+            gradients = self._loss.gradients(batch, q)
         else:
-            self._take_report(batch)
+            self._loss.take_report(batch)
             gradients = self._take("B")
             start = time.perf_counter()
         self._out = run(work, gradients)
         self.busy["B"] += time.perf_counter() - start
-        self._backwards += 1
 
     def _take(self, kind: str) -> Any:
         assert self._comm is not None
         return self._comm.inward[kind].take()
-
-    # --- the loss, on the last rank, and its way up
-
-    def _reports_complete(self, batch: Batch) -> bool:
-        return len(self._reports) == (1 if self._loss_over == "batch" else batch.info.microbatches)
-
-    def _differentiate_loss(self, batch: Batch, q: int) -> None:
-        """Run `loss` on what it covers and leave its gradients with respect to the outputs for the backwards."""
-        if q in self._gradients:
-            return
-        self._stage.leave()
-        index, sizes = batch.info.index, batch.info.sizes
-        target = batch.target
-        if self._comm is not None and not self._reports and batch.info.target[1]:
-            target = batch.target = self._take("Y")
-        elif self._comm is not None and not batch.info.target[1]:
-            target = tree.unflatten([], batch.info.target[0])
-        whole = self._loss_over == "batch"
-        covered = range(len(sizes)) if whole else range(q, q + 1)
-        if not whole:
-            target = tree.split(target, sizes)[q]
-        student = [tree.merge([self._student_out[p][v] for p in covered]) for v in range(len(self._student_out[q]))]
-        outputs = self._teacher_out[index]
-        teacher = [tree.merge([outputs[p][v] for p in covered]) for v in range(len(outputs[q]))]
-        leaves, structure = tree.flatten(student)
-        leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
-        student = tree.unflatten(leaves, structure)
-        first = not self._reports
-        loss, report = self._hooks.loss(
-            student if batch.info.student.is_list else student[0],
-            teacher if batch.info.teacher.is_list else teacher[0],
-            target,
-        )
-        self._reports.append(report)
-        if whole:
-            self._teacher_out.pop(index)
-        for p in covered:
-            self._student_out[p] = []
-        if self._reports_complete(batch):
-            self._teacher_out.pop(index, None)
-            self._publish()
-        scaled = self._hooks.before_backward(loss) if first else self._hooks.scale(loss)
-        if not whole:
-            scaled = scaled / len(sizes)
-        torch.autograd.backward(scaled)
-        floats = differentiable(leaves)
-        if all(leaf.grad is None for leaf in floats):
-            raise ValueError(
-                "The loss does not depend on the student: no gradient reached its outputs. Compute it from "
-                "`student_out`, and do not detach it."
-            )
-        parts = [[None] * len(covered) if leaf.grad is None else torch.split(leaf.grad, [sizes[p] for p in covered])
-                 if len(covered) > 1 else [leaf.grad] for leaf in floats]  # fmt: skip
-        for place, p in enumerate(covered):
-            self._gradients[p] = [part[place] for part in parts]
-
-    def _publish(self) -> None:
-        """Send loss and logged values upstream, ahead of the gradients."""
-        self._report = mean_of(self._reports)
-        if self._relay is not None:
-            self._relay.pass_on(self._report, self._hooks.asked())
-        self._hooks.log(self._report)
-
-    def _take_report(self, batch: Batch) -> None:
-        """Take loss and logged values from below, and pass them on.
-
-        They come before the first backward (loss over the batch) or the last one (per microbatch, when complete).
-        """
-        assert self._relay is not None
-        due = 0 if self._loss_over == "batch" else batch.info.microbatches - 1
-        if self._backwards not in (0, due):
-            return
-        self._stage.leave()
-        if self._backwards != due:
-            self._hooks.before_backward(torch.zeros((), device=self._stage.device))
-            return
-        self._report, asked = self._relay.take()
-        self._hooks.ask(asked)
-        if self._place:
-            self._relay.pass_on(self._report, self._hooks.asked())
-        self._hooks.log(self._report)
-        if due == 0:
-            self._hooks.before_backward(self._report.values[0])

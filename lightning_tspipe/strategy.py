@@ -6,10 +6,7 @@ import logging
 import signal
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
-from functools import partial
-from itertools import chain
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -25,12 +22,12 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_tspipe import _lightning, _metrics, tree
-from lightning_tspipe.arguments import Call
+from lightning_tspipe import _lightning, _metrics
 from lightning_tspipe.board import let_go
 from lightning_tspipe.checkpoint import Shards
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.errors import PipelineError
+from lightning_tspipe.evaluating import WholeForward
 from lightning_tspipe.example import Examples
 from lightning_tspipe.feed import SharedLoader, SilentLoader
 from lightning_tspipe.fitting import Fitting
@@ -47,7 +44,7 @@ from lightning_tspipe.refuse import (
 from lightning_tspipe.replicas import Replicas
 from lightning_tspipe.saving import CheckpointStrategy
 from lightning_tspipe.schedule import Costs, Schedule
-from lightning_tspipe.stage import Network, Stage
+from lightning_tspipe.stage import Stage
 from lightning_tspipe.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -213,11 +210,15 @@ class TSPipeStrategy(CheckpointStrategy):
             _lightning.forbid_distributed_sampler(trainer)
         if self._comm is None:
             return
-        networks: tuple[Network, ...] = ("student", "teacher")
-        for name in networks:
-            network = getattr(module, name)
-            network.forward = partial(self.run_through, name)
-            self._undo.append(lambda network=network: network.__dict__.pop("forward", None))  # type: ignore[misc]
+        assert self._stage is not None and self._partition is not None
+        whole = WholeForward(self._stage, self._comm, self._partition, self._in_step, self._before_training)
+        self._undo += [whole.take_over("student", module.student), whole.take_over("teacher", module.teacher)]
+
+    def _in_step(self) -> bool:
+        return self._fitting is not None and self._fitting.in_step
+
+    def _before_training(self) -> bool:
+        return self._fitting is not None and self._fitting.before_training and self.global_rank == 0
 
     @override
     def model_to_device(self) -> None:
@@ -293,28 +294,6 @@ class TSPipeStrategy(CheckpointStrategy):
     def _share_common(self) -> None:
         assert self._shards is not None
         self._shards.share_common()
-
-    def run_through(self, network: Network, *args: Any, **kwargs: Any) -> Any:
-        """A forward of one network through all stages, the same result on every rank."""
-        if self._fitting is not None and self._fitting.in_step:
-            raise MisconfigurationException(
-                f"self.{network}(...) was called in a training step, where each rank has one stage only. Use the "
-                "outputs that `loss` gets; in validation_step, test_step and predict_step the call works."
-            )
-        assert self._stage is not None and self._comm is not None
-        inputs = args[0] if len(args) == 1 and not kwargs else Call(args, kwargs)
-        summary = self._fitting is not None and self._fitting.before_training and self.global_rank == 0
-        return self._comm.chain(partial(self._run_for_summary if summary else self._stage.run, network), inputs)
-
-    def _run_for_summary(self, network: Network, inputs: Any) -> Any:
-        """A summary of the model watches rank 0's layers: there those of other ranks run too, without memory."""
-        assert self._stage is not None and self._partition is not None
-        output = self._stage.run(network, inputs)
-        with suppress(RuntimeError):  # not every layer can run so; the summary then has no sizes for it
-            value = tree.map_tensors(output, lambda leaf: leaf.to("meta"))
-            for layer in chain.from_iterable(getattr(self._partition, network)[1:]):
-                value = layer.module(value)
-        return output
 
     @override
     def on_exception(self, exception: BaseException) -> None:

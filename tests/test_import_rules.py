@@ -22,14 +22,14 @@ ORDER = (
     # what a network and its schedule are
     *("tree", "arguments", "batchnorm", "recording", "trace", "partition", "teacher", "plan"),
     # one rank at work
-    *("split", "stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "checkpoint", "runtime"),
+    *("split", "stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "lossside", "checkpoint", "runtime"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
-    *("training", "fitting", "files", "sharded", "saving", "refuse", "strategy", "cli", "__init__"),
+    *("training", "evaluating", "fitting", "files", "sharded", "saving", "refuse", "strategy", "cli", "__init__"),
 )
 STDLIB_ONLY = {"errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders"}
 KNOW_LIGHTNING = {
-    *("_lightning", "_loaders", "launching", "module", "example", "processes", "training", "fitting"),
+    *("_lightning", "_loaders", "launching", "module", "example", "processes", "training", "evaluating", "fitting"),
     *("files", "saving", "refuse", "strategy", "cli", "__init__"),
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}

@@ -1,0 +1,161 @@
+"""The loss of a batch: made on the last rank from the outputs of both networks, and on its way up to the others."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_tspipe import tree
+from lightning_tspipe.comm import Comm
+from lightning_tspipe.data import Batch
+from lightning_tspipe.hooks import StepHooks
+from lightning_tspipe.logrelay import LossRelay, LossReport, mean_of
+from lightning_tspipe.stage import Stage, differentiable
+from lightning_tspipe.topology import Topology
+
+
+class LossSide:
+    """What one rank knows of the loss.
+
+    Args:
+        stage: this rank's layers.
+        comm: this rank's connections; None for a pipeline of one stage.
+        loss_over: "batch" or "microbatch".
+        topology: who is who.
+    """
+
+    report: LossReport | None = None  # loss and logged values of the current batch, when they are known
+
+    def __init__(
+        self, stage: Stage, comm: Comm | None, loss_over: Literal["batch", "microbatch"], topology: Topology
+    ) -> None:
+        self._stage, self._comm, self._loss_over = stage, comm, loss_over
+        self._place, self._last = topology.stage, topology.is_last
+        self._relay = None if comm is None else LossRelay(comm)
+        self._teacher_out: dict[int, list[list[Any]]] = {}  # by batch
+        self._student_out: list[list[Any]] = []
+        self._gradients: dict[int, list[Tensor | None]] = {}
+        self._reports: list[LossReport] = []
+        self._backwards = 0
+
+    def begin(self, batch: Batch, hooks: StepHooks) -> None:
+        """A step begins: post what is going to be received, and send the target to where the loss is made."""
+        self._hooks = hooks
+        self._student_out, self._reports, self.report, self._backwards = [], [], None, 0
+        if self._comm is None:
+            return
+        if not self._last:
+            assert self._relay is not None
+            self._relay.post()
+        structure, shapes = batch.info.target
+        key = (structure, shapes)
+        if self._place == 0 and shapes:
+            self._comm.outward["Y"].know(key, structure, shapes)
+            self._comm.outward["Y"].send(key, batch.target)
+        if self._last and shapes:
+            self._comm.inward["Y"].know(key, structure, shapes)
+            self._comm.inward["Y"].post(key)
+
+    def keep_teacher(self, index: int, outputs: list[Any]) -> None:
+        """What the teacher gave for the next microbatch of a batch, view by view."""
+        self._teacher_out.setdefault(index, []).append(outputs)
+
+    def keep_student(self, outputs: list[Any]) -> None:
+        """What the student gave for the next microbatch of the current batch."""
+        self._student_out.append(outputs)
+
+    def forget(self, index: int) -> None:
+        """Drop what the teacher gave for a batch that is not trained on."""
+        self._teacher_out.pop(index, None)
+
+    def gradients(self, batch: Batch, q: int) -> list[Tensor | None]:
+        """The gradients of the loss with respect to the student's outputs for a microbatch, on the last rank."""
+        if q not in self._gradients:
+            self._differentiate(batch, q)
+        return self._gradients.pop(q)
+
+    def _differentiate(self, batch: Batch, q: int) -> None:
+        """Run `loss` on what it covers and leave its gradients with respect to the outputs for the backwards."""
+        self._stage.leave()
+        sizes = batch.info.sizes
+        whole = self._loss_over == "batch"
+        covered = range(len(sizes)) if whole else range(q, q + 1)
+        target = self._target(batch)
+        if not whole:
+            target = tree.split(target, sizes)[q]
+        student = _merged([self._student_out[p] for p in covered])
+        teacher = _merged([self._teacher_out[batch.info.index][p] for p in covered])
+        leaves, structure = tree.flatten(student)
+        leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
+        student = tree.unflatten(leaves, structure)
+        first = not self._reports
+        loss, report = self._hooks.loss(
+            student if batch.info.student.is_list else student[0],
+            teacher if batch.info.teacher.is_list else teacher[0],
+            target,
+        )
+        self._reports.append(report)
+        for p in covered:
+            self._student_out[p] = []
+        if len(self._reports) == (1 if whole else len(sizes)):
+            self.forget(batch.info.index)
+            self._publish()
+        scaled = self._hooks.before_backward(loss) if first else self._hooks.scale(loss)
+        if not whole:
+            scaled = scaled / len(sizes)
+        torch.autograd.backward(scaled)
+        floats = differentiable(leaves)
+        if all(leaf.grad is None for leaf in floats):
+            raise ValueError(
+                "The loss does not depend on the student: no gradient reached its outputs. Compute it from "
+                "`student_out`, and do not detach it."
+            )
+        parts = [[None] * len(covered) if leaf.grad is None else torch.split(leaf.grad, [sizes[p] for p in covered])
+                 if len(covered) > 1 else [leaf.grad] for leaf in floats]  # fmt: skip
+        for place, p in enumerate(covered):
+            self._gradients[p] = [part[place] for part in parts]
+
+    def _target(self, batch: Batch) -> Any:
+        """The whole batch's target, which comes from the first rank."""
+        structure, shapes = batch.info.target
+        if self._comm is not None and not shapes:
+            return tree.unflatten([], structure)
+        if self._comm is not None and not self._reports:
+            batch.target = self._comm.inward["Y"].take()
+        return batch.target
+
+    def _publish(self) -> None:
+        """Send loss and logged values upstream, ahead of the gradients."""
+        self.report = mean_of(self._reports)
+        if self._relay is not None:
+            self._relay.pass_on(self.report, self._hooks.asked())
+        self._hooks.log(self.report)
+
+    def take_report(self, batch: Batch) -> None:
+        """Before each backward of a rank that is not the last: take loss and logged values from below, pass them on.
+
+        They come before the first backward (loss over the batch) or the last one (per microbatch, when complete).
+        """
+        assert self._relay is not None
+        number, self._backwards = self._backwards, self._backwards + 1
+        due = 0 if self._loss_over == "batch" else batch.info.microbatches - 1
+        if number not in (0, due):
+            return
+        self._stage.leave()
+        if number != due:
+            self._hooks.before_backward(torch.zeros((), device=self._stage.device))
+            return
+        self.report, asked = self._relay.take()
+        self._hooks.ask(asked)
+        if self._place:
+            self._relay.pass_on(self.report, self._hooks.asked())
+        self._hooks.log(self.report)
+        if due == 0:
+            self._hooks.before_backward(self.report.values[0])
+
+
+def _merged(microbatches: list[list[Any]]) -> list[Any]:
+    """Rows of microbatches together again, view by view."""
+    return [tree.merge([views[view] for views in microbatches]) for view in range(len(microbatches[0]))]
