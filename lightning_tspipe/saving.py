@@ -17,7 +17,9 @@ from lightning_tspipe.checkpoint import KEY, Generators, Groups, Shards, by_name
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.files import AtomicCheckpointIO
 from lightning_tspipe.fitting import Fitting
+from lightning_tspipe.memory import lend
 from lightning_tspipe.processes import ProcessStrategy
+from lightning_tspipe.recording import tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +118,13 @@ class CheckpointStrategy(ProcessStrategy):
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         self._resumed = checkpoint.get(KEY, {})
         return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        # before the set-up nobody knows which part of the file this rank needs
+        with lend(tensors_of(self.lightning_module).values() if self._shards is None else ()):
+            super().load_model_state_dict(checkpoint, strict)
 
     @property
     def _is_sharded(self) -> bool:

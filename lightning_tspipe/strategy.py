@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
@@ -31,6 +32,7 @@ from lightning_tspipe.evaluating import WholeForward
 from lightning_tspipe.example import Examples
 from lightning_tspipe.feed import SharedLoader, SilentLoader
 from lightning_tspipe.fitting import Fitting
+from lightning_tspipe.memory import without_memory
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.partition import Balance, Partition, partition
 from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
@@ -39,6 +41,8 @@ from lightning_tspipe.refuse import (
     check_optimizers,
     check_strategy_arguments,
     check_trainer,
+    check_values,
+    followed,
     warn_of_low_momentum,
 )
 from lightning_tspipe.replicas import Replicas
@@ -131,6 +135,16 @@ class TSPipeStrategy(CheckpointStrategy):
         assert isinstance(module, TeacherStudentModule)
         return module
 
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """As in FSDPStrategy: values come in `setup`. Unasked, what `configure_model` builds has none before either."""
+        module = self.lightning_module
+        configures = module is not None and module.trainer.state.status == TrainerStatus.RUNNING
+        empty = configures if empty_init is None else empty_init
+        with without_memory(pl.LightningModule) if empty else nullcontext(), self.precision_plugin.tensor_init_context():
+            yield
+
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None and self.lightning_module is not None
@@ -140,6 +154,7 @@ class TSPipeStrategy(CheckpointStrategy):
         check_trainer(trainer, self.lightning_module, topology.world_size, self._stages)
         module, stages = self._module, topology.stages
         module.check_networks()
+        check_values(module)
         self.model = self.precision_plugin.convert_module(module)
         module.train(module.training)  # gives the teacher its own mode
         source = None if module.momentum is None else module.ema_source()
@@ -150,8 +165,7 @@ class TSPipeStrategy(CheckpointStrategy):
         self._connect(topology)
         self._shards = Shards(module, parts.owners(), topology.stage, self._comm, self._replicas)
         self._seed = self._resumed.get("seed", self.broadcast(torch.initial_seed()))
-        self._shards.spread()
-        self._shards.release()
+        self._shards.take_own(self._seed, followed(module))
         self.model_to_device()
         mine = parts.runs("student", topology.stage), parts.runs("teacher", topology.stage)
         joint = None if self._replicas is None or self._layer_sync is None else self._replicas.joint
