@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 
+from lightning_tspipe.layers import Layer
 from lightning_tspipe.orders import ORDERS, Found, find_schedule, minimal_microbatches
-from lightning_tspipe.partition import Layer, Partition
+from lightning_tspipe.partition import Partition
 from lightning_tspipe.schedule import Costs, LossOver, Schedule
 from lightning_tspipe.simulate import ReplayError, replay
 

@@ -7,7 +7,7 @@ function and every call of a layer is recorded. A recording holds for one mode a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -158,8 +158,7 @@ class Recorder:
         fakes: dict[int, Tensor] = {}
         known: dict[int, str] = {}
         modules = list(self.network.modules())
-        kept = [(dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]  # noqa: SLF001
-        try:
+        with unchanged(modules):
             for module in modules:
                 name = self.names[id(module)]
                 if name not in self._own_forward:
@@ -178,13 +177,6 @@ class Recorder:
                 for value in vars(module)["_buffers"].values():
                     if value is not None and id(value) not in known and not self.is_layer(module):
                         raise NotFollowed(self.names[id(module)])  # it assigns a new buffer: nobody else must
-        finally:
-            for module, (state, parameters, buffers) in zip(modules, kept, strict=True):
-                vars(module).clear()
-                vars(module).update(state)
-                for place, old in ((state["_parameters"], parameters), (state["_buffers"], buffers)):
-                    place.clear()
-                    place.update(old)
 
 
 class _Follower(TorchFunctionMode):
@@ -310,6 +302,21 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
 def _fake(tensor: Tensor, device: torch.device) -> Tensor:
     fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
     return nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+
+
+@contextmanager
+def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back the attributes of modules, and which parameters and buffers they have."""
+    kept = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for module, state, parameters, buffers in kept:
+            vars(module).clear()
+            vars(module).update(state)
+            for place, old in ((state["_parameters"], parameters), (state["_buffers"], buffers)):
+                place.clear()
+                place.update(old)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -13,7 +13,6 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_tspipe import _lightning
 from lightning_tspipe.module import TeacherStudentModule
-from lightning_tspipe.partition import BALANCES
 
 _AVERAGES = "it averages the whole model, which no rank holds. Average the saved checkpoints instead"
 _FINETUNES = "it adds parameter groups while training. Give all groups in configure_optimizers"
@@ -39,13 +38,13 @@ SEVERAL_OPTIMIZERS = (
 
 
 def check_strategy_arguments(
-    stages: object, balance: object, start_method: str, backend: str | None, state_dict_type: str
+    stages: object, max_memory: object, start_method: str, backend: str | None, state_dict_type: str
 ) -> None:
     """Raises ValueError for a constructor argument of the strategy that can never work."""
     if stages != "auto" and (not isinstance(stages, int) or stages < 1):
         raise ValueError(f'stages={stages!r}: give a number of at least 1, or "auto"')
-    if isinstance(balance, str) and balance not in BALANCES:
-        raise ValueError(f"balance={balance!r} is unknown: choose from {', '.join(map(repr, BALANCES))}, or give cuts")
+    if max_memory is not None and (not isinstance(max_memory, int) or max_memory < 1):
+        raise ValueError(f"max_memory={max_memory!r}: give a number of bytes per rank, or None")
     for name, value, choices in (
         ("start_method", start_method, ("popen", "spawn", "fork", "forkserver")),
         ("process_group_backend", backend, (None, "nccl", "gloo")),

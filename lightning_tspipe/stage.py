@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_tspipe import split, tree
 from lightning_tspipe.arguments import Call
 from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint
-from lightning_tspipe.partition import Entry, Layer
+from lightning_tspipe.layers import Entry, Layer
 from lightning_tspipe.trace import Carried, Segment
 
 Network = Literal["student", "teacher"]
@@ -150,7 +150,7 @@ class Stage:
         for view, inputs in enumerate(views):
             self.norms[network].slot = (work[0], view)
             # an in-place first layer would write into a tensor that others still need
-            output = tree.map_tensors(inputs, torch.clone) if layers and _in_place(layers[0]) else inputs
+            output = tree.map_tensors(inputs, torch.clone) if layers and writes_in_place(layers[0]) else inputs
             for layer in layers:
                 output = layer(output)
             outputs.append(output)
@@ -192,6 +192,7 @@ def differentiable(leaves: Sequence[Tensor]) -> list[Tensor]:
     return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
-def _in_place(layer: nn.Module) -> bool:
+def writes_in_place(layer: nn.Module) -> bool:
+    """Whether a layer may write into its input."""
     first: Callable[[], Any] = lambda: next(layer.children(), None)  # noqa: E731
     return bool(getattr(layer, "inplace", False)) or bool(getattr(first(), "inplace", False))

@@ -7,6 +7,7 @@ import signal
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -23,16 +24,17 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tspipe import _lightning, _metrics
+from lightning_tspipe.arranging import Arrangement, read_balance
 from lightning_tspipe.board import let_go
 from lightning_tspipe.checkpoint import Shards
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.errors import PipelineError
 from lightning_tspipe.evaluating import WholeForward
-from lightning_tspipe.example import Examples
 from lightning_tspipe.feed import SharedLoader, SilentLoader
 from lightning_tspipe.fitting import Fitting
 from lightning_tspipe.module import TeacherStudentModule
-from lightning_tspipe.partition import Balance, Partition, partition
+from lightning_tspipe.partition import Balance, Partition
+from lightning_tspipe.placement import Placement
 from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
 from lightning_tspipe.refuse import (
     SEVERAL_OPTIMIZERS,
@@ -59,14 +61,17 @@ class TSPipeStrategy(CheckpointStrategy):
         microbatches: per batch; "auto" takes the fewest that let the teacher fill the bubbles.
         schedule: the order of the work; "auto", "afab" (all forwards, then all backwards), "1f1b", or "afab-split" and
             "zb", the same two with the backward split into inputs and weights.
-        balance: "auto" or "parameters", the numbers of layers of the stages, or a dict of these (`partition`).
+        balance: "auto" (measured), "parameters", the numbers of layers of the stages, a dict of these (`partition`), or
+            the path of a plan that `placement.save` has written.
+        max_memory: bytes that a rank's weights, gradients, optimizer state and activations may take, which bounds what
+            "auto" finds; None: nine tenths of a GPU's memory, any number of bytes on the host.
         start_method: "popen", "spawn", "fork" or "forkserver", as in DDPStrategy.
         process_group_backend: "nccl" or "gloo"; None takes nccl on GPUs and gloo elsewhere.
         timeout: how long one message may take.
         state_dict_type: of checkpoints: "full" is one file, "sharded" a folder to which each rank writes its own part.
 
     Raises:
-        ValueError: microbatches or schedule is unknown.
+        ValueError: an argument is not among what is listed above.
     """
 
     strategy_name = "tspipe"
@@ -76,7 +81,8 @@ class TSPipeStrategy(CheckpointStrategy):
         stages: int | Literal["auto"] = "auto",
         microbatches: int | Literal["auto"] = "auto",
         schedule: str = "auto",
-        balance: Balance = "auto",
+        balance: Balance | Path = "auto",
+        max_memory: int | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -89,14 +95,16 @@ class TSPipeStrategy(CheckpointStrategy):
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         check_plan_arguments(microbatches, schedule)
-        check_strategy_arguments(stages, balance, start_method, process_group_backend, state_dict_type)
-        self._stages, self._microbatches, self._schedule, self._balance = stages, microbatches, schedule, balance
+        self._balance = read_balance(balance)
+        check_strategy_arguments(stages, max_memory, start_method, process_group_backend, state_dict_type)
+        self._stages, self._microbatches, self._schedule, self._max_memory = stages, microbatches, schedule, max_memory
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
         self._signals: _lightning.SignalLink | None = None
         self._heard: BaseException | None = None  # the exception that `on_exception` has handled
         self._state_dict_type = state_dict_type
         self._stage: Stage | None = None
         self._partition: Partition | None = None
+        self.placement: Placement | None = None  # which rank has which layers, and what they cost
         self._undo: list[Callable[[], None]] = []
 
     @classmethod
@@ -138,16 +146,16 @@ class TSPipeStrategy(CheckpointStrategy):
         topology = self._topology
         self._signals = _lightning.SignalLink(trainer, topology.world_size == 1, topology.replicas > 1)
         check_trainer(trainer, self.lightning_module, topology.world_size, self._stages)
-        module, stages = self._module, topology.stages
+        module = self._module
         module.check_networks()
         self.model = self.precision_plugin.convert_module(module)
         module.train(module.training)  # gives the teacher its own mode
-        source = None if module.momentum is None else module.ema_source()
-        examples = Examples(trainer, module, self.broadcast)
-        networks = module.student, module.teacher
-        with _lightning.without_profiler_hooks(trainer):  # a Sequential with hooks is not cut
-            self._partition = parts = partition(*networks, stages, self._balance, source, examples.of, self.root_device)
         self._connect(topology)
+        arrangement = Arrangement(
+            trainer, module, topology, self._comm, self._balance, self._microbatches, self._max_memory, self.broadcast
+        )
+        self._partition, self.placement = arrangement.parts, arrangement.placement
+        parts = arrangement.parts
         self._shards = Shards(module, parts.owners(), topology.stage, self._comm, self._replicas)
         self._seed = self._resumed.get("seed", self.broadcast(torch.initial_seed()))
         self._shards.spread()
@@ -163,7 +171,9 @@ class TSPipeStrategy(CheckpointStrategy):
             self.setup_optimizers(trainer)
             lookahead = module.momentum is None or module.teacher_delay != 0
             post_ahead = 0 if self._comm is None else self._comm.post_ahead
-            planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule, post_ahead)
+            costs = self.placement.costs or estimate_costs(parts)
+            held = arrangement.max_held
+            planner = Planner(costs, lookahead, module.loss_over, self._schedule, post_ahead, max_held=held)
             self._fitting = Fitting(
                 trainer, module, self._stage, self._comm, planner, self._microbatches, topology,
                 self._shards.trained(), self._replicas, self._signals,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_tspipe.partition import Layer
+from lightning_tspipe.layers import Layer
 from lightning_tspipe.stage import Stage
 from tests.multiproc import result_of
 

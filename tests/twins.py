@@ -44,7 +44,7 @@ def run(rank: int, out: Path, module: str, stages: int, microbatches: int) -> No
     torch.set_num_threads(1)
 
     def make(microbatches: int = microbatches, **options: Any) -> L.Trainer:
-        strategy: Any = "auto" if stages == TWIN else TSPipeStrategy(microbatches=microbatches)
+        strategy: Any = "auto" if stages == TWIN else TSPipeStrategy(microbatches=microbatches, balance="parameters")
         return trainer(max(1, stages), strategy, **({"num_sanity_val_steps": 0} | options))
 
     for name, function in importlib.import_module(module).CASES.items():
