@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -85,8 +86,9 @@ class LossSide:
         target = self._target(batch)
         if not whole:
             target = tree.split(target, sizes)[q]
-        student = _merged([self._student_out[p] for p in covered])
-        teacher = _merged([self._teacher_out[batch.info.index][p] for p in covered])
+        rows = [sizes[p] for p in covered]
+        student = _merged([self._student_out[p] for p in covered], rows)
+        teacher = _merged([self._teacher_out[batch.info.index][p] for p in covered], rows)
         leaves, structure = tree.flatten(student)
         leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
         student = tree.unflatten(leaves, structure)
@@ -112,8 +114,7 @@ class LossSide:
                 "The loss does not depend on the student: no gradient reached its outputs. Compute it from "
                 "`student_out`, and do not detach it."
             )
-        parts = [[None] * len(covered) if leaf.grad is None else torch.split(leaf.grad, [sizes[p] for p in covered])
-                 if len(covered) > 1 else [leaf.grad] for leaf in floats]  # fmt: skip
+        parts = [_cut(leaf.grad, rows) for leaf in floats]
         for place, p in enumerate(covered):
             self._gradients[p] = [part[place] for part in parts]
 
@@ -156,6 +157,14 @@ class LossSide:
             self._hooks.before_backward(self.report.values[0])
 
 
-def _merged(microbatches: list[list[Any]]) -> list[Any]:
+def _cut(gradient: Tensor | None, rows: list[int]) -> Sequence[Tensor | None]:
+    """Rows of each microbatch of the gradient of a merged tensor."""
+    if gradient is None or len(rows) == 1:
+        return [gradient] * len(rows)
+    each = len(gradient) // sum(rows)
+    return torch.split(gradient, [each * count for count in rows])
+
+
+def _merged(microbatches: list[list[Any]], rows: list[int]) -> list[Any]:
     """Rows of microbatches together again, view by view."""
-    return [tree.merge([views[view] for views in microbatches]) for view in range(len(microbatches[0]))]
+    return [tree.merge([views[view] for views in microbatches], rows) for view in range(len(microbatches[0]))]

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_tspipe.arguments import run_network
 from lightning_tspipe.recording import extra_states_of, has_hooks, tensors_of
+from lightning_tspipe.taps import TapError, run_tapped
 from lightning_tspipe.trace import Segment, Traced
 
 Balance = str | Sequence[int] | Mapping[str, Sequence[int]]
@@ -20,6 +21,7 @@ NAMES_LAYERS = "pipeline_layers"  # the method by which a network names its laye
 UNEVEN = 1.5  # a largest stage of so many times the mean is a reason to look into the layers of a Sequential
 SLACK = 1.05  # how much larger the largest stage may be so that less travels
 CPU = torch.device("cpu")
+NO_TAPS: Mapping[str, Sequence[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,14 @@ class Partition:
     Args:
         traced: the networks that were followed.
         entered: networks of structure whose first layer takes what their forward would.
+        taps: of networks that are one layer, the names of submodules whose results are given with the output.
     """
 
     student: tuple[tuple[Layer, ...], ...]
     teacher: tuple[tuple[Layer, ...], ...]
     traced: Mapping[str, Traced] = field(default_factory=dict)
     entered: frozenset[str] = frozenset()
+    taps: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def owners(self) -> dict[str, int]:
         """The stage of every entry of the state dict of both networks, by qualified name (``student.0.weight``)."""
@@ -83,6 +87,8 @@ class Partition:
             return ()
         if network not in self.traced:
             first, *rest = stages[stage]
+            if network in self.taps:
+                return (Layer(first.name, Entry(first.module, self.taps[network])),)
             if network not in self.entered or stage or not stages[0]:
                 return stages[stage]
             return (Layer(first.name, Entry(first.module)), *rest)
@@ -136,15 +142,15 @@ def _named_layers(network: Any) -> list[Layer]:
 
 
 class Entry(nn.Module):
-    """The first layer of a network, called with the arguments that an input stands for."""
+    """The first layer of a network, or a whole one with taps, called with the arguments that an input stands for."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, taps: Sequence[str] = ()) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self._taps = layer, taps
 
     def forward(self, value: Any) -> Any:
         """Call it."""
-        return run_network(self.layer, value)
+        return run_tapped(self.layer, value, self._taps) if self._taps else run_network(self.layer, value)
 
 
 class Function(nn.Module):
@@ -167,6 +173,7 @@ def partition(
     source: nn.Module | None = None,
     examples: Callable[[str], Sequence[Any]] | None = None,
     device: torch.device = CPU,
+    taps: Mapping[str, Sequence[str]] = NO_TAPS,
 ) -> Partition:
     """Cut both networks into contiguous stages.
 
@@ -179,21 +186,35 @@ def partition(
             momentum update needs no message. None for a frozen teacher.
         examples: gives inputs of "student" and "teacher", for a network whose forward has to be followed.
         device: where they are going to run.
+        taps: names of submodules of "student" and "teacher" whose results are given with the output, as `taps.Tapped`.
 
     Raises:
         ValueError: more stages than layers, unknown balance, cuts that do not add up, shared parameters, a network that
             cannot be cut.
+        TapError: a tap that is not seen.
     """
     cuts = _explicit_cuts(balance)
+    taps = {name: names for name, names in taps.items() if names}
     traced: dict[str, Traced] = {}
 
     def find(name: str, network: nn.Module, follow: bool) -> list[Layer]:
+        if name in taps and stages == 1:
+            cuts.pop(name, None)  # of the layers that it is not taken apart into
+            return [Layer("", network)]
         plain = layers_of(network)
-        if stages == 1 or not (follow or _needs_following(network, plain, stages, cuts.get(name))):
+        if name in taps and hasattr(network, NAMES_LAYERS):
+            raise TapError(
+                f"The {name} has taps and names its layers by {NAMES_LAYERS}(): what its layers return on the way is "
+                "not seen. Remove that method, so that its forward is followed, or let the layers hand the features "
+                "on as a part of the output."
+            )
+        if stages == 1 or not (follow or name in taps or _needs_following(network, plain, stages, cuts.get(name))):
             return plain
         if examples is None:
-            raise ValueError(f"The {name} is no nn.Sequential: an example of its input is needed to cut it.")
-        traced[name] = Traced(network, examples(name), device)
+            raise ValueError(
+                f"The {name} is no nn.Sequential, or has taps: an example of its input is needed to cut it."
+            )
+        traced[name] = Traced(network, examples(name), device, taps.get(name, ()))
         return _traced_layers(traced[name])
 
     student_layers = find("student", student, False)
@@ -210,7 +231,7 @@ def partition(
         teacher_stages = _follow(student_stages, student, teacher_layers, source)
     networks = {"student": student, "teacher": teacher}
     entered = frozenset(name for name, network in networks.items() if not _is_plain(network))
-    result = Partition(student_stages, teacher_stages, traced, entered)
+    result = Partition(student_stages, teacher_stages, traced, entered, taps if stages == 1 else NO_TAPS)
     _refuse_shared(result)
     return result
 

@@ -14,6 +14,7 @@ from lightning_tspipe import split, tree
 from lightning_tspipe.arguments import Call
 from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint
 from lightning_tspipe.partition import Entry, Layer
+from lightning_tspipe.taps import Tapped
 from lightning_tspipe.trace import Carried, Segment
 
 Network = Literal["student", "teacher"]
@@ -73,13 +74,13 @@ class Stage:
         self._weights.clear()
 
     def run(self, network: Network, inputs: Any) -> Any:
-        """One forward outside of training: the whole batch, no microbatches, no gradient kept."""
+        """One forward outside of training: the whole batch, no microbatches, no gradient kept, no taps."""
         for layer in self._layers[network]:
             if isinstance(inputs, Call) and not isinstance(layer, Entry | Segment):
                 inputs = layer(*inputs.args, **inputs.kwargs)
             else:
                 inputs = layer(inputs)
-        return inputs
+        return inputs.value if isinstance(inputs, Tapped) else inputs
 
     @torch.no_grad()
     def teacher_forward(self, work: Work, views: list[Any]) -> list[Any]:

@@ -45,6 +45,7 @@ from lightning_tspipe.replicas import Replicas
 from lightning_tspipe.saving import CheckpointStrategy
 from lightning_tspipe.schedule import Costs, Schedule
 from lightning_tspipe.stage import Stage
+from lightning_tspipe.taps import TapError
 from lightning_tspipe.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -145,8 +146,13 @@ class TSPipeStrategy(CheckpointStrategy):
         source = None if module.momentum is None else module.ema_source()
         examples = Examples(trainer, module, self.broadcast)
         networks = module.student, module.teacher
+        taps = {"student": module.student_taps, "teacher": module.teacher_taps}
         with _lightning.without_profiler_hooks(trainer):  # a Sequential with hooks is not cut
-            self._partition = parts = partition(*networks, stages, self._balance, source, examples.of, self.root_device)
+            try:
+                parts = partition(*networks, stages, self._balance, source, examples.of, self.root_device, taps)
+            except TapError as error:
+                raise MisconfigurationException(str(error)) from error
+        self._partition = parts
         self._connect(topology)
         self._shards = Shards(module, parts.owners(), topology.stage, self._comm, self._replicas)
         self._seed = self._resumed.get("seed", self.broadcast(torch.initial_seed()))
