@@ -22,7 +22,20 @@ ORDER = (
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "trace", "partition", "teacher", "plan"),
     # one rank at work
-    *("split", "stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "lossside", "checkpoint", "runtime"),
+    *(
+        "split",
+        "reach",
+        "stage",
+        "data",
+        "board",
+        "comm",
+        "replicas",
+        "logrelay",
+        "hooks",
+        "lossside",
+        "checkpoint",
+        "runtime",
+    ),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
     *("training", "evaluating", "fitting", "files", "sharded", "saving", "refuse", "strategy", "cli", "__init__"),

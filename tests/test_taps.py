@@ -235,6 +235,20 @@ class FitNets(Features):
         return hint + F.cross_entropy(student_out, target)
 
 
+class HintAlone(FitNets):
+    """The first part of FitNets: layers after the hint have no gradient, and weight decay leaves them alone."""
+
+    student_taps = teacher_taps = ("layer1",)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.regressor = nn.Conv2d(2, 4, 1).double()
+
+    def loss(self, student_out: Any, teacher_out: Any, target: Any, student_taps: Any, teacher_taps: Any) -> Any:
+        self.note(student_out, teacher_out, student_taps, teacher_taps)
+        return F.mse_loss(self.regressor(student_taps["layer1"]), teacher_taps["layer1"])
+
+
 def attention(features: Tensor) -> Tensor:
     return F.normalize(features.square().mean(1).flatten(1))
 
@@ -340,6 +354,8 @@ PIPELINES = {1: 2, 2: 2, 3: 2}  # stages and microbatches
 METHODS = {
     "FitNets, batch": (FitNets, "auto", 7),  # the last batch is short
     "FitNets, microbatch": (FitNets, "zb", 8),
+    "HintAlone, batch": (HintAlone, "afab-split", 8),
+    "HintAlone, microbatch": (HintAlone, "1f1b", 8),
     "AttentionTransfer, batch": (AttentionTransfer, "afab-split", 7),
     "AttentionTransfer, microbatch": (AttentionTransfer, "1f1b", 8),
     "Crops, batch": (Crops, "auto", 8),
