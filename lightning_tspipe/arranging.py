@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -21,6 +22,7 @@ from lightning_tspipe.partition import Balance, Layers, Partition, chosen, expli
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.placing import Placer, check_same, named
 from lightning_tspipe.plan import most_in_memory
+from lightning_tspipe.taps import TapError
 from lightning_tspipe.topology import Topology
 
 FREE = 0.9  # the share of a device's memory that a plan may fill; the rest is fragments, kernels and messages
@@ -71,7 +73,12 @@ class Arrangement:
         examples = Examples(trainer, module, broadcast)
         with _lightning.without_profiler_hooks(trainer):  # a Sequential with hooks is not cut
             stages = topology.stages
-            layers = find_layers(module.student, module.teacher, stages, cuts, source, examples.of, self._device)
+            taps = {"student": module.student_taps, "teacher": module.teacher_taps}
+            try:
+                networks = module.student, module.teacher
+                layers = find_layers(*networks, stages, cuts, source, examples.of, self._device, taps)
+            except TapError as error:
+                raise MisconfigurationException(str(error)) from error
             fits = trainer.state.fn == TrainerFn.FITTING
             if isinstance(balance, Placement):
                 check_same(balance, layers, stages)

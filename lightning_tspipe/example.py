@@ -42,8 +42,9 @@ class Examples:
             self._found = self._broadcast(self._look() if self._trainer.global_rank == 0 else None)
         if isinstance(self._found, str):
             raise MisconfigurationException(
-                f"The {network} is no nn.Sequential, so an example of its input is needed to cut it into stages, and "
-                f"there is none: {self._found}. Set self.example_input_array in your module to such an input."
+                f"The {network} is no nn.Sequential, or has taps, so an example of its input is needed to cut it into "
+                f"stages, and there is none: {self._found}. "
+                "Set self.example_input_array in your module to such an input."
             )
         return [
             tree.unflatten([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes], structure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_tspipe.arguments import run_network
 from lightning_tspipe.recording import extra_states_of, has_hooks, tensors_of
+from lightning_tspipe.taps import run_tapped
 
 NAMES_LAYERS = "pipeline_layers"  # the method by which a network names its layers
 
@@ -90,15 +91,15 @@ def _named_layers(network: Any) -> list[Layer]:
 
 
 class Entry(nn.Module):
-    """The first layer of a network, called with the arguments that an input stands for."""
+    """The first layer of a network, or a whole one with taps, called with the arguments that an input stands for."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, taps: Sequence[str] = ()) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self._taps = layer, taps
 
     def forward(self, value: Any) -> Any:
         """Call it."""
-        return run_network(self.layer, value)
+        return run_tapped(self.layer, value, self._taps) if self._taps else run_network(self.layer, value)
 
 
 class Function(nn.Module):

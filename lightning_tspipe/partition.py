@@ -11,12 +11,14 @@ from torch import nn
 
 from lightning_tspipe.balance import balance_by_cost
 from lightning_tspipe.layers import NAMES_LAYERS, Entry, Layer, is_plain, layers_of
+from lightning_tspipe.taps import TapError
 from lightning_tspipe.trace import Segment, Traced
 
 Balance = str | Sequence[int] | Mapping[str, Sequence[int]]
 BALANCES = ("auto", "parameters")
 UNEVEN = 1.5  # a largest stage of so many times the mean is a reason to look into the layers of a Sequential
 CPU = torch.device("cpu")
+NO_TAPS: Mapping[str, Sequence[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Partition:
     Args:
         traced: the networks that were followed.
         entered: networks of structure whose first layer takes what their forward would.
+        taps: of networks that are one layer, the names of submodules whose results are given with the output.
     """
 
     student: tuple[tuple[Layer, ...], ...]
     teacher: tuple[tuple[Layer, ...], ...]
     traced: Mapping[str, Traced] = field(default_factory=dict)
     entered: frozenset[str] = frozenset()
+    taps: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def owners(self) -> dict[str, int]:
         """The stage of every entry of the state dict of both networks, by qualified name (``student.0.weight``)."""
@@ -50,6 +54,8 @@ class Partition:
             return ()
         if network not in self.traced:
             first, *rest = stages[stage]
+            if network in self.taps:
+                return (Layer(first.name, Entry(first.module, self.taps[network])),)
             if network not in self.entered or stage or not stages[0]:
                 return stages[stage]
             return (Layer(first.name, Entry(first.module)), *rest)
@@ -67,6 +73,7 @@ class Layers:
         networks: the networks by name.
         traced: those that were followed.
         source: the student's submodule that a momentum teacher follows; None for a frozen teacher.
+        taps: as in `Partition`.
     """
 
     student: list[Layer]
@@ -74,6 +81,7 @@ class Layers:
     networks: Mapping[str, nn.Module]
     traced: Mapping[str, Traced]
     source: nn.Module | None
+    taps: Mapping[str, Sequence[str]]
 
     def by_parameters(self, stages: int) -> tuple[list[int], list[int] | None]:
         """Sizes such that the largest stage has as few parameters as possible; None: the teacher's follow."""
@@ -99,7 +107,7 @@ class Layers:
         else:
             teacher_stages = _follow(student_stages, self.networks["student"], self.teacher, self.source)
         entered = frozenset(name for name, network in self.networks.items() if not is_plain(network))
-        result = Partition(student_stages, teacher_stages, self.traced, entered)
+        result = Partition(student_stages, teacher_stages, self.traced, entered, self.taps)
         _refuse_shared(result)
         return result
 
@@ -107,7 +115,7 @@ class Layers:
         """Each layer as a stage of its own."""
         student, teacher = (tuple((layer,) for layer in layers) for layers in (self.student, self.teacher))
         entered = frozenset(name for name, network in self.networks.items() if not is_plain(network))
-        return Partition(student, teacher, self.traced, entered)
+        return Partition(student, teacher, self.traced, entered, self.taps)
 
     def followers(self) -> list[list[int]]:
         """For each student layer the momentum teacher's layers, by number, that are on its stage wherever it is cut."""
@@ -126,22 +134,35 @@ def find_layers(
     source: nn.Module | None = None,
     examples: Callable[[str], Sequence[Any]] | None = None,
     device: torch.device = CPU,
+    taps: Mapping[str, Sequence[str]] = NO_TAPS,
 ) -> Layers:
     """The layers that both networks have; arguments as in `partition`, `cuts` as `explicit_cuts` gives them."""
+    taps = {name: names for name, names in taps.items() if names}
     traced: dict[str, Traced] = {}
 
     def find(name: str, network: nn.Module, follow: bool) -> list[Layer]:
+        if name in taps and stages == 1:
+            return [Layer("", network)]
         plain = layers_of(network)
-        if stages == 1 or not (follow or _needs_following(network, plain, stages, cuts.get(name))):
+        if name in taps and hasattr(network, NAMES_LAYERS):
+            raise TapError(
+                f"The {name} has taps and names its layers by {NAMES_LAYERS}(): what its layers return on the way is "
+                "not seen. Remove that method, so that its forward is followed, or let the layers hand the features "
+                "on as a part of the output."
+            )
+        if stages == 1 or not (follow or name in taps or _needs_following(network, plain, stages, cuts.get(name))):
             return plain
         if examples is None:
-            raise ValueError(f"The {name} is no nn.Sequential: an example of its input is needed to cut it.")
-        traced[name] = Traced(network, examples(name), device)
+            raise ValueError(
+                f"The {name} is no nn.Sequential, or has taps: an example of its input is needed to cut it."
+            )
+        traced[name] = Traced(network, examples(name), device, taps.get(name, ()))
         return _traced_layers(traced[name])
 
     of_student = find("student", student, False)
     of_teacher = find("teacher", teacher, source is not None and "student" in traced)
-    return Layers(of_student, of_teacher, {"student": student, "teacher": teacher}, traced, source)
+    networks = {"student": student, "teacher": teacher}
+    return Layers(of_student, of_teacher, networks, traced, source, taps if stages == 1 else NO_TAPS)
 
 
 def partition(
@@ -152,6 +173,7 @@ def partition(
     source: nn.Module | None = None,
     examples: Callable[[str], Sequence[Any]] | None = None,
     device: torch.device = CPU,
+    taps: Mapping[str, Sequence[str]] = NO_TAPS,
 ) -> Partition:
     """Cut both networks into contiguous stages, without measuring.
 
@@ -164,20 +186,23 @@ def partition(
             momentum update needs no message. None for a frozen teacher.
         examples: gives inputs of "student" and "teacher", for a network whose forward has to be followed.
         device: where they are going to run.
+        taps: names of submodules of "student" and "teacher" whose results are given with the output, as `taps.Tapped`.
 
     Raises:
         ValueError: more stages than layers, unknown balance, cuts that do not add up, shared parameters, a network that
             cannot be cut.
+        TapError: a tap that is not seen.
     """
     cuts = explicit_cuts(balance, source is not None)
-    layers = find_layers(student, teacher, stages, cuts, source, examples, device)
+    layers = find_layers(student, teacher, stages, cuts, source, examples, device, taps)
     return layers.cut(*chosen(layers, stages, cuts))
 
 
 def chosen(
     layers: Layers, stages: int, cuts: Mapping[str, Sequence[int]]
 ) -> tuple[Sequence[int], Sequence[int] | None]:
-    """The user's cuts, completed by parameters."""
+    """The user's cuts, completed by parameters; cuts of a network with taps mean nothing on one stage."""
+    cuts = {name: sizes for name, sizes in cuts.items() if name not in layers.taps}
     for name in ("student", "teacher"):
         if name in cuts:
             _check_sizes(name, getattr(layers, name), stages, cuts[name])

@@ -14,6 +14,8 @@ from lightning_tspipe import split, tree
 from lightning_tspipe.arguments import Call
 from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint
 from lightning_tspipe.layers import Entry, Layer
+from lightning_tspipe.reach import reach
+from lightning_tspipe.taps import Tapped
 from lightning_tspipe.trace import Carried, Segment
 
 Network = Literal["student", "teacher"]
@@ -73,13 +75,13 @@ class Stage:
         self._weights.clear()
 
     def run(self, network: Network, inputs: Any) -> Any:
-        """One forward outside of training: the whole batch, no microbatches, no gradient kept."""
+        """One forward outside of training: the whole batch, no microbatches, no gradient kept, no taps."""
         for layer in self._layers[network]:
             if isinstance(inputs, Call) and not isinstance(layer, Entry | Segment):
                 inputs = layer(*inputs.args, **inputs.kwargs)
             else:
                 inputs = layer(inputs)
-        return inputs
+        return inputs.value if isinstance(inputs, Tapped) else inputs
 
     @torch.no_grad()
     def teacher_forward(self, work: Work, views: list[Any]) -> list[Any]:
@@ -106,6 +108,10 @@ class Stage:
     def needs_gradient(self, work: Work) -> list[bool]:
         """For each floating point output of a microbatch: whether a parameter or an input of this stage made it."""
         return [output.requires_grad for output in self._saved[work].outputs]
+
+    def reach(self, work: Work, reached: Sequence[bool]) -> tuple[list[bool], list[Tensor]]:
+        """`reach.reach` of a microbatch's graph, before its backward."""
+        return reach(self._saved[work].outputs, self._saved[work].inputs, reached)
 
     def backward(self, work: Work, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Run the full backward of one microbatch; parameter gradients add up in ``.grad``.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_tspipe import tree
 from lightning_tspipe.arguments import arguments_of
 from lightning_tspipe.recording import NotFollowed, Recorder, Recording, Signature, Step, extra_states_of, tensors_of
+from lightning_tspipe.taps import TapError, uncalled
 
 MOST_RECORDINGS = 64  # of one network that are kept
 
@@ -44,14 +45,18 @@ class Traced:
         network: the network.
         examples: inputs of it; shapes and types count, values do not.
         device: where it is going to run.
+        taps: names of submodules whose results are given with the output, as `Tapped`.
 
     Raises:
         ValueError: the forward cannot be followed; the text says what to do.
+        TapError: a tap is not seen.
     """
 
-    def __init__(self, network: nn.Module, examples: Sequence[Any], device: torch.device) -> None:
+    def __init__(
+        self, network: nn.Module, examples: Sequence[Any], device: torch.device, taps: Sequence[str] = ()
+    ) -> None:
         self.network, self._device = network, device
-        self._recorder = Recorder(network, device)
+        self._recorder = Recorder(network, device, taps)
         self._modules = list(network.modules())
         self._recordings: dict[Signature, Recording] = {}
         self._plans: dict[Signature, dict[tuple[int, int], _Plan]] = {}
@@ -59,6 +64,8 @@ class Traced:
         first: dict[int, str] = {}
         self._alias = {name: first.setdefault(id(tensor), name) for name, tensor in tensors_of(network).items()}
         recordings = self._follow(examples)
+        for name in set(taps) - self._recorder.called:
+            raise TapError(uncalled(network, name, self._recorder.is_layer))
         order = _order(recordings)
         joined = [pair for recording in recordings for pair in self._joined(recording, order)]
         starts = [not any(low < place <= high for low, high in joined) for place in range(len(order))]

@@ -20,9 +20,10 @@ ORDER = (
     # stdlib only
     *("errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"),
     # what a network and its schedule are
-    *("tree", "arguments", "batchnorm", "recording", "trace", "balance", "layers", "partition", "teacher", "plan"),
+    *("tree", "arguments", "taps", "batchnorm", "recording", "trace", "balance", "layers", "partition", "teacher"),
+    *("plan", "split", "reach"),
     # one rank at work
-    *("split", "stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "lossside", "checkpoint", "runtime"),
+    *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "lossside", "checkpoint", "runtime"),
     *("measure", "placing"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
