@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_tspipe import split, tree
 from lightning_tspipe.arguments import Call
 from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint
+from lightning_tspipe.compiled import Options, compile_chain
 from lightning_tspipe.partition import Entry, Layer
 from lightning_tspipe.trace import Carried, Segment
 
@@ -24,6 +28,7 @@ Work = tuple[int, int]  # batch, microbatch
 class _Saved:
     inputs: list[Tensor]
     outputs: list[Tensor]
+    views: list[Any] | None  # what the forward was given, if it has to run again
 
 
 class Stage:
@@ -36,6 +41,8 @@ class Stage:
         device: where the layers are.
         seed: base of the random numbers of dropout and the like: they depend on (seed, batch, microbatch, stage) only.
         joint: over what replicas batch norms take their statistics (`DeferredBatchNorm`).
+        recompute: whether a student's forward keeps its inputs only, and runs again in the backward.
+        compile_options: keyword arguments of torch.compile, which the layers then go through; None leaves them alone.
     """
 
     def __init__(
@@ -47,6 +54,8 @@ class Stage:
         device: torch.device,
         seed: int,
         joint: Joint | None = None,
+        recompute: bool = False,
+        compile_options: Options | None = None,
     ) -> None:
         self._layers: dict[Network, list[nn.Module]] = {
             "student": [layer.module for layer in student],
@@ -63,6 +72,9 @@ class Stage:
         self.norms: dict[Network, DeferredBatchNorm] = {
             network: DeferredBatchNorm(layers, joint) for network, layers in self._layers.items()
         }
+        self._recompute = recompute
+        self._checked = False  # that no layer of the student changes its buffers
+        self._chains = {network: _chain(layers, compile_options) for network, layers in self._layers.items()}
 
     def close(self) -> None:
         """Give the layers back as they were."""
@@ -74,12 +86,10 @@ class Stage:
 
     def run(self, network: Network, inputs: Any) -> Any:
         """One forward outside of training: the whole batch, no microbatches, no gradient kept."""
-        for layer in self._layers[network]:
-            if isinstance(inputs, Call) and not isinstance(layer, Entry | Segment):
-                inputs = layer(*inputs.args, **inputs.kwargs)
-            else:
-                inputs = layer(inputs)
-        return inputs
+        layers = self._layers[network]
+        if not isinstance(inputs, Call) or not layers or isinstance(layers[0], Entry | Segment):
+            return self._chains[network](inputs)
+        return _run(layers[1:], layers[0](*inputs.args, **inputs.kwargs))
 
     @torch.no_grad()
     def teacher_forward(self, work: Work, views: list[Any]) -> list[Any]:
@@ -95,12 +105,12 @@ class Stage:
         leaves, structure = tree.flatten(views)
         if not self._first:
             leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
+        views = tree.unflatten(leaves, structure)
         with torch.enable_grad():
-            outputs = self._forward("student", work, tree.unflatten(leaves, structure))
+            outputs = self._forward("student", work, views)
         results, structure = tree.flatten(outputs)
-        self._saved[work] = _Saved(
-            [] if self._first else differentiable(leaves), [out for out in results if out.is_floating_point()]
-        )
+        inputs = [] if self._first else differentiable(leaves)
+        self._saved[work] = _Saved(inputs, differentiable(results), views if self._recompute else None)
         return list(tree.unflatten([out.detach() for out in results], structure))
 
     def needs_gradient(self, work: Work) -> list[bool]:
@@ -124,18 +134,30 @@ class Stage:
 
     def backward_inputs(self, work: Work, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """The first part of `backward`, with the same arguments and results; `backward_weights` does the rest."""
-        saved, outputs, given = self._take(work, gradients)
+        saved, outputs, given = self._take(work, gradients, in_parts=not self._first)
         if outputs:
             self._weights[work] = split.backward_inputs(outputs, given, saved.inputs)
         return _gradients(saved.inputs)
 
-    def _take(self, work: Work, gradients: Sequence[Tensor | None]) -> tuple[_Saved, list[Tensor], list[Tensor]]:
-        """What a forward has saved, its outputs that get a gradient, and those gradients; seeds the generator again."""
+    def _take(
+        self, work: Work, gradients: Sequence[Tensor | None], in_parts: bool = False
+    ) -> tuple[_Saved, list[Tensor], list[Tensor]]:
+        """What a forward has saved, its outputs that get a gradient, and those gradients; seeds the generator again.
+
+        A checkpoint runs again for every call of autograd. A backward in parts makes many of them, so for it the
+        forward runs here, once, and keeps what all parts need.
+        """
         saved = self._saved.pop(work)
-        pairs = [(o, g) for o, g in zip(saved.outputs, gradients, strict=True) if o.requires_grad and g is not None]
-        if pairs:
+        outputs = saved.outputs
+        taken = [index for index, out in enumerate(outputs) if out.requires_grad and gradients[index] is not None]
+        if taken:
             self._seed_for("student", work)
-        return saved, [output for output, _ in pairs], [gradient for _, gradient in pairs]
+        if taken and in_parts and saved.views is not None:
+            with torch.enable_grad(), self.norms["student"].unseen():
+                again = [self._pass("student", view) for view in saved.views]
+            outputs = differentiable(tree.flatten(again)[0])
+            self._seed_for("student", work)
+        return saved, [outputs[index] for index in taken], [g for g in map(gradients.__getitem__, taken) if g is not None]
 
     def backward_weights(self, work: Work) -> None:
         """What `backward_inputs` has put off."""
@@ -144,18 +166,50 @@ class Stage:
             rest()
 
     def _forward(self, network: Network, work: Work, views: list[Any]) -> list[Any]:
-        layers = self._layers[network]
         outputs: list[Any] = []
         self._seed_for(network, work)
+        run = self._checkpoint if self._recompute and network == "student" else partial(self._pass, network)
         for view, inputs in enumerate(views):
             self.norms[network].slot = (work[0], view)
-            # an in-place first layer would write into a tensor that others still need
-            output = tree.map_tensors(inputs, torch.clone) if layers and _in_place(layers[0]) else inputs
-            for layer in layers:
-                output = layer(output)
+            output = run(inputs)
             outputs.append(output)
             self._check_structure(network, view, output)
         return outputs
+
+    def _pass(self, network: Network, inputs: Any) -> Any:
+        """All layers, one after the other, on one view."""
+        layers = self._layers[network]
+        # an in-place first layer would write into a tensor that others still need
+        own = tree.map_tensors(inputs, torch.clone) if layers and _in_place(layers[0]) else inputs
+        return self._chains[network](own)
+
+    def _checkpoint(self, inputs: Any) -> Any:
+        """The student's pass, which keeps its inputs only; torch runs it again in the backward, with equal numbers."""
+        leaves, structure = tree.flatten(inputs)
+        before = None if self._checked else _buffers(self._layers["student"])
+        again = False
+
+        def run(*leaves: Tensor) -> Any:
+            nonlocal again
+            with self.norms["student"].unseen() if again else nullcontext():
+                again = True
+                return self._pass("student", tree.unflatten(leaves, structure))
+
+        output = checkpoint(run, *leaves, use_reentrant=False)
+        if before is not None:
+            self._refuse_changed(before)
+            self._checked = True
+        return output
+
+    def _refuse_changed(self, before: dict[tuple[nn.Module, str], Tensor]) -> None:
+        for (module, name), buffer in _buffers(self._layers["student"]).items():
+            old = before.get((module, name), buffer)
+            if old.shape != buffer.shape or not bool(((old == buffer) | ((old != old) & (buffer != buffer))).all()):
+                raise ValueError(
+                    f"recompute=True runs the student's layers twice, but a {type(module).__name__} of stage "
+                    f"{self._index} changes its buffer {name!r} in its forward, which would then count twice. Use "
+                    "recompute=False, or a layer that changes no buffer."
+                )
 
     def _check_structure(self, network: Network, view: int, output: Any) -> None:
         if isinstance(output, Carried):
@@ -181,6 +235,28 @@ class Stage:
         if self._outside is not None:
             self._generator.set_state(self._outside)
             self._outside = None
+
+
+def _run(layers: Sequence[nn.Module], value: Any) -> Any:
+    for layer in layers:
+        value = layer(value)
+    return value
+
+
+def _chain(layers: Sequence[nn.Module], options: Options | None) -> Callable[[Any], Any]:
+    """The layers as one function, compiled if there are options; a segment compiles what it has recorded itself."""
+    if options is None or not layers:
+        return partial(_run, layers)
+    if isinstance(layers[0], Segment):
+        layers[0].compile_with(options)
+        return layers[0]
+    return compile_chain(layers, options)
+
+
+def _buffers(layers: Sequence[nn.Module]) -> dict[tuple[nn.Module, str], Tensor]:
+    """Copies of all buffers."""
+    modules = (module for layer in layers for module in layer.modules())
+    return {(m, name): buffer.detach().clone() for m in modules for name, buffer in m.named_buffers(recurse=False)}
 
 
 def _gradients(leaves: Sequence[Tensor]) -> list[Tensor]:

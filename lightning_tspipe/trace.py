@@ -7,8 +7,7 @@ layer uses of earlier ones (residuals, skips, masks) travels with the microbatch
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_tspipe import tree
 from lightning_tspipe.arguments import arguments_of
+from lightning_tspipe.compiled import CompiledSteps, Options, compile_steps, perform
 from lightning_tspipe.recording import NotFollowed, Recorder, Recording, Signature, Step, extra_states_of, tensors_of
 
 MOST_RECORDINGS = 64  # of one network that are kept
@@ -35,6 +35,7 @@ class _Plan(NamedTuple):
     copied: frozenset[int]  # inputs that a step writes into
     steps: list[tuple[Step, tuple[int, ...]]]  # with the values that nothing later uses
     outputs: tuple[int, ...]
+    compiled: CompiledSteps | None
 
 
 class Traced:
@@ -56,6 +57,7 @@ class Traced:
         self._recordings: dict[Signature, Recording] = {}
         self._plans: dict[Signature, dict[tuple[int, int], _Plan]] = {}
         self._layer_of: dict[str, int] = {}  # by name of a parameter or buffer
+        self.options: Options | None = None  # how to compile what stages run, if they shall
         first: dict[int, str] = {}
         self._alias = {name: first.setdefault(id(tensor), name) for name, tensor in tensors_of(network).items()}
         recordings = self._follow(examples)
@@ -257,8 +259,16 @@ class Traced:
                 steps.append((step, tuple(used - kept)))
                 kept |= used
             written = frozenset(value for step in mine for value in step.mutated)
-            plans[start, stop] = _Plan(inputs, written & set(inputs), steps[::-1], outputs)
+            plans[start, stop] = _Plan(
+                inputs, written & set(inputs), steps[::-1], outputs, self._compiled(mine, outputs)
+            )
         return recording, plans[start, stop]
+
+    def _compiled(self, steps: Sequence[Step], outputs: Sequence[int]) -> CompiledSteps | None:
+        if self.options is None or not steps:
+            return None
+        targets = [self.target(step) for step in steps]
+        return compile_steps(steps, targets, outputs, self.device_type, self.options)
 
     def _alive_at(self, layer: int, made: Mapping[int, int], last: Mapping[int, int]) -> tuple[int, ...]:
         return tuple(sorted(value for value in last if made[value] < layer <= last[value]))
@@ -275,6 +285,15 @@ class Traced:
         module: nn.Module = self._recorder.modules[target]
         return module
 
+    def target(self, step: Step) -> Callable[..., Any]:
+        """What a step calls."""
+        return self.module(step.target) if isinstance(step.target, str) else step.target
+
+    @property
+    def device_type(self) -> str:
+        """Where it runs."""
+        return self._device.type
+
 
 class Segment(nn.Module):
     """The layers of one stage, which call the submodules of the network itself.
@@ -288,6 +307,10 @@ class Segment(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(traced.modules(start, stop))
         self._traced, self._start, self._stop = traced, start, stop
+
+    def compile_with(self, options: Options | None) -> None:
+        """Have torch.compile run what is recorded from now on."""
+        self._traced.options = options
 
     def forward(self, value: Any) -> Any:
         """From the network's input, or what the stage before gave, to the network's output or what the next one takes.
@@ -311,15 +334,11 @@ class Segment(nn.Module):
                 values[number] = traced.tensor(recording.named[number])
             return values[number]
 
-        for step, dead in plan.steps:
-            args, kwargs = tree.unflatten([get(number) for number in step.inputs], step.structure)
-            target = traced.module(step.target) if isinstance(step.target, str) else step.target
-            with ExitStack() as stack:
-                if not step.grad:
-                    stack.enter_context(torch.no_grad())
-                if not step.autocast:
-                    stack.enter_context(torch.autocast(traced._device.type, enabled=False))  # noqa: SLF001
-                made = tree.flatten(target(*args, **kwargs))[0]
+        if plan.compiled is not None:
+            made = plan.compiled.run(*[get(number) for number in plan.compiled.given])
+            values.update(zip(plan.compiled.made, made, strict=True))
+        for step, dead in plan.steps if plan.compiled is None else ():
+            made = perform(step, traced.target(step), [get(number) for number in step.inputs], traced.device_type)
             values.update(zip(step.outputs, made, strict=True))
             for number in dead:
                 del values[number]
