@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from lightning_tspipe import split, tree
 from lightning_tspipe.arguments import Call
 from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint
-from lightning_tspipe.compiled import Options, compile_chain
 from lightning_tspipe.partition import Entry, Layer
+from lightning_tspipe.steps import Options, call_all, chain
 from lightning_tspipe.trace import Carried, Segment
 
 Network = Literal["student", "teacher"]
@@ -89,7 +89,7 @@ class Stage:
         layers = self._layers[network]
         if not isinstance(inputs, Call) or not layers or isinstance(layers[0], Entry | Segment):
             return self._chains[network](inputs)
-        return _run(layers[1:], layers[0](*inputs.args, **inputs.kwargs))
+        return call_all(layers[1:], layers[0](*inputs.args, **inputs.kwargs))
 
     @torch.no_grad()
     def teacher_forward(self, work: Work, views: list[Any]) -> list[Any]:
@@ -149,15 +149,16 @@ class Stage:
         """
         saved = self._saved.pop(work)
         outputs = saved.outputs
-        taken = [index for index, out in enumerate(outputs) if out.requires_grad and gradients[index] is not None]
-        if taken:
+        pairs = [(index, given) for index, given in enumerate(gradients) if given is not None]
+        pairs = [(index, given) for index, given in pairs if outputs[index].requires_grad]
+        if pairs:
             self._seed_for("student", work)
-        if taken and in_parts and saved.views is not None:
+        if pairs and in_parts and saved.views is not None:
             with torch.enable_grad(), self.norms["student"].unseen():
                 again = [self._pass("student", view) for view in saved.views]
             outputs = differentiable(tree.flatten(again)[0])
             self._seed_for("student", work)
-        return saved, [outputs[index] for index in taken], [g for g in map(gradients.__getitem__, taken) if g is not None]
+        return saved, [outputs[index] for index, _ in pairs], [given for _, given in pairs]
 
     def backward_weights(self, work: Work) -> None:
         """What `backward_inputs` has put off."""
@@ -237,20 +238,12 @@ class Stage:
             self._outside = None
 
 
-def _run(layers: Sequence[nn.Module], value: Any) -> Any:
-    for layer in layers:
-        value = layer(value)
-    return value
-
-
 def _chain(layers: Sequence[nn.Module], options: Options | None) -> Callable[[Any], Any]:
-    """The layers as one function, compiled if there are options; a segment compiles what it has recorded itself."""
-    if options is None or not layers:
-        return partial(_run, layers)
-    if isinstance(layers[0], Segment):
-        layers[0].compile_with(options)
-        return layers[0]
-    return compile_chain(layers, options)
+    """What calls the layers; a segment has torch.compile work on what it has recorded, not on itself."""
+    if not layers or not isinstance(layers[0], Segment):
+        return chain(layers, options)
+    layers[0].compile_with(options)
+    return layers[0]
 
 
 def _buffers(layers: Sequence[nn.Module]) -> dict[tuple[nn.Module, str], Tensor]:

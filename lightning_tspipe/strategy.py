@@ -36,6 +36,8 @@ from lightning_tspipe.partition import Balance, Partition, partition
 from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
 from lightning_tspipe.refuse import (
     SEVERAL_OPTIMIZERS,
+    check_compile,
+    check_compile_arguments,
     check_optimizers,
     check_strategy_arguments,
     check_trainer,
@@ -64,9 +66,11 @@ class TSPipeStrategy(CheckpointStrategy):
         process_group_backend: "nccl" or "gloo"; None takes nccl on GPUs and gloo elsewhere.
         timeout: how long one message may take.
         state_dict_type: of checkpoints: "full" is one file, "sharded" a folder to which each rank writes its own part.
+        recompute: whether a student stage keeps its inputs only, and runs again in the backward.
+        compile: whether each stage goes through torch.compile, or the arguments for that.
 
     Raises:
-        ValueError: microbatches or schedule is unknown.
+        ValueError: an argument is unknown.
     """
 
     strategy_name = "tspipe"
@@ -81,6 +85,8 @@ class TSPipeStrategy(CheckpointStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         state_dict_type: Literal["full", "sharded"] = "full",
+        recompute: bool = False,
+        compile: bool | dict[str, Any] = False,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -89,7 +95,8 @@ class TSPipeStrategy(CheckpointStrategy):
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         check_plan_arguments(microbatches, schedule)
-        check_strategy_arguments(stages, balance, start_method, process_group_backend, state_dict_type)
+        check_strategy_arguments(stages, balance, start_method, process_group_backend, state_dict_type, recompute)
+        self._recompute, self._compile = recompute, check_compile_arguments(compile)
         self._stages, self._microbatches, self._schedule, self._balance = stages, microbatches, schedule, balance
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
         self._signals: _lightning.SignalLink | None = None
@@ -138,6 +145,7 @@ class TSPipeStrategy(CheckpointStrategy):
         topology = self._topology
         self._signals = _lightning.SignalLink(trainer, topology.world_size == 1, topology.replicas > 1)
         check_trainer(trainer, self.lightning_module, topology.world_size, self._stages)
+        check_compile(self._compile, self._schedule, self.root_device)
         module, stages = self._module, topology.stages
         module.check_networks()
         self.model = self.precision_plugin.convert_module(module)
@@ -155,15 +163,17 @@ class TSPipeStrategy(CheckpointStrategy):
         self.model_to_device()
         mine = parts.runs("student", topology.stage), parts.runs("teacher", topology.stage)
         joint = None if self._replicas is None or self._layer_sync is None else self._replicas.joint
-        seed = self._seed + topology.replica
-        self._stage = Stage(*mine, topology.stage, topology.stage == 0, self.root_device, seed, joint)
+        seed, device, first = self._seed + topology.replica, self.root_device, topology.stage == 0
+        options = self._compile
+        self._stage = Stage(*mine, topology.stage, first, device, seed, joint, self._recompute, options)
         self._patch(trainer, module)
         if trainer.state.fn == TrainerFn.FITTING:
             warn_of_low_momentum(module)
             self.setup_optimizers(trainer)
             lookahead = module.momentum is None or module.teacher_delay != 0
             post_ahead = 0 if self._comm is None else self._comm.post_ahead
-            planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule, post_ahead)
+            costs = estimate_costs(parts, self._recompute)
+            planner = Planner(costs, lookahead, module.loss_over, self._schedule, post_ahead)
             self._fitting = Fitting(
                 trainer, module, self._stage, self._comm, planner, self._microbatches, topology,
                 self._shards.trained(), self._replicas, self._signals,

@@ -7,7 +7,7 @@ layer uses of earlier ones (residuals, skips, masks) travels with the microbatch
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lightning_tspipe import tree
 from lightning_tspipe.arguments import arguments_of
-from lightning_tspipe.compiled import CompiledSteps, Options, compile_steps, perform
-from lightning_tspipe.recording import NotFollowed, Recorder, Recording, Signature, Step, extra_states_of, tensors_of
+from lightning_tspipe.recording import NotFollowed, Recorder, Recording, Signature, extra_states_of, tensors_of
+from lightning_tspipe.steps import Options, Steps
 
 MOST_RECORDINGS = 64  # of one network that are kept
 
@@ -33,9 +33,8 @@ class _Plan(NamedTuple):
 
     inputs: tuple[int, ...]
     copied: frozenset[int]  # inputs that a step writes into
-    steps: list[tuple[Step, tuple[int, ...]]]  # with the values that nothing later uses
+    steps: Steps
     outputs: tuple[int, ...]
-    compiled: CompiledSteps | None
 
 
 class Traced:
@@ -57,7 +56,7 @@ class Traced:
         self._recordings: dict[Signature, Recording] = {}
         self._plans: dict[Signature, dict[tuple[int, int], _Plan]] = {}
         self._layer_of: dict[str, int] = {}  # by name of a parameter or buffer
-        self.options: Options | None = None  # how to compile what stages run, if they shall
+        self.options: Options | None = None  # how to compile what stages run, if at all
         first: dict[int, str] = {}
         self._alias = {name: first.setdefault(id(tensor), name) for name, tensor in tensors_of(network).items()}
         recordings = self._follow(examples)
@@ -253,22 +252,10 @@ class Traced:
             inputs = recording.inputs if start == 0 else self._alive_at(start, made, last)
             outputs = recording.outputs if stop == len(self.names) else self._alive_at(stop, made, last)
             mine = [step for step, layer in zip(recording.steps, layers, strict=True) if start <= layer < stop]
-            kept, steps = set(outputs), []
-            for step in reversed(mine):
-                used = {*step.inputs, *step.outputs}
-                steps.append((step, tuple(used - kept)))
-                kept |= used
+            steps = Steps(mine, self._recorder.modules, outputs, self._device.type, self.options)
             written = frozenset(value for step in mine for value in step.mutated)
-            plans[start, stop] = _Plan(
-                inputs, written & set(inputs), steps[::-1], outputs, self._compiled(mine, outputs)
-            )
+            plans[start, stop] = _Plan(inputs, written & set(inputs), steps, outputs)
         return recording, plans[start, stop]
-
-    def _compiled(self, steps: Sequence[Step], outputs: Sequence[int]) -> CompiledSteps | None:
-        if self.options is None or not steps:
-            return None
-        targets = [self.target(step) for step in steps]
-        return compile_steps(steps, targets, outputs, self.device_type, self.options)
 
     def _alive_at(self, layer: int, made: Mapping[int, int], last: Mapping[int, int]) -> tuple[int, ...]:
         return tuple(sorted(value for value in last if made[value] < layer <= last[value]))
@@ -285,15 +272,6 @@ class Traced:
         module: nn.Module = self._recorder.modules[target]
         return module
 
-    def target(self, step: Step) -> Callable[..., Any]:
-        """What a step calls."""
-        return self.module(step.target) if isinstance(step.target, str) else step.target
-
-    @property
-    def device_type(self) -> str:
-        """Where it runs."""
-        return self._device.type
-
 
 class Segment(nn.Module):
     """The layers of one stage, which call the submodules of the network itself.
@@ -309,7 +287,7 @@ class Segment(nn.Module):
         self._traced, self._start, self._stop = traced, start, stop
 
     def compile_with(self, options: Options | None) -> None:
-        """Have torch.compile run what is recorded from now on."""
+        """Have torch.compile make what is called from now on for shapes and modes that are new."""
         self._traced.options = options
 
     def forward(self, value: Any) -> Any:
@@ -334,14 +312,7 @@ class Segment(nn.Module):
                 values[number] = traced.tensor(recording.named[number])
             return values[number]
 
-        if plan.compiled is not None:
-            made = plan.compiled.run(*[get(number) for number in plan.compiled.given])
-            values.update(zip(plan.compiled.made, made, strict=True))
-        for step, dead in plan.steps if plan.compiled is None else ():
-            made = perform(step, traced.target(step), [get(number) for number in step.inputs], traced.device_type)
-            values.update(zip(step.outputs, made, strict=True))
-            for number in dead:
-                del values[number]
+        plan.steps.run(values, get)
         # a parameter that travels is copied, since the optimizer may change it before the message has left
         results = [get(n).clone() if n in recording.named else get(n) for n in plan.outputs]
         if self._stop < len(traced.names):

@@ -20,7 +20,7 @@ ORDER = (
     # stdlib only
     *("errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders"),
     # what a network and its schedule are
-    *("tree", "arguments", "batchnorm", "recording", "compiled", "trace", "partition", "teacher", "plan"),
+    *("tree", "arguments", "batchnorm", "recording", "steps", "trace", "partition", "teacher", "plan"),
     # one rank at work
     *("split", "stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "lossside", "checkpoint", "runtime"),
     # what meets Lightning
