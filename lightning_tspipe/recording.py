@@ -136,6 +136,7 @@ class Recorder:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),  # for layers that have gone through torch.compile
             _Fake(allow_non_fake_inputs=True),
             _silent(logging.getLogger(FakeTensorMode.__module__)),
             self._without_memory() as known,
@@ -151,6 +152,8 @@ class Recorder:
         """Whether a module is called as a whole: it has no submodules, is torch's own, or must stay so."""
         name = self.names[id(module)]
         if name in self.whole or name in self._own_forward or has_hooks(module) or hasattr(module, "parametrizations"):
+            return True
+        if is_compiled(module):
             return True
         if next(module.children(), None) is None:
             return id(module) not in self._tied  # of a tied parameter there is one, which travels between stages
@@ -337,6 +340,14 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether a module has forward or backward hooks of its own (torch has no public name for them)."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name) for name in names)
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether a module has gone through torch.compile: as a wrapper around it, or in place (`nn.Module.compile`).
+
+    Torch has no public name for either.
+    """
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def has_extra_state(module: nn.Module) -> bool:

@@ -38,6 +38,8 @@ from lightning_tspipe.placement import Placement
 from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
 from lightning_tspipe.refuse import (
     SEVERAL_OPTIMIZERS,
+    check_compile,
+    check_compile_arguments,
     check_optimizers,
     check_strategy_arguments,
     check_trainer,
@@ -69,6 +71,8 @@ class TSPipeStrategy(CheckpointStrategy):
         process_group_backend: "nccl" or "gloo"; None takes nccl on GPUs and gloo elsewhere.
         timeout: how long one message may take.
         state_dict_type: of checkpoints: "full" is one file, "sharded" a folder to which each rank writes its own part.
+        recompute: whether a student stage keeps its inputs only, and runs again in the backward.
+        compile: whether each stage goes through torch.compile, or the arguments for that.
 
     Raises:
         ValueError: an argument is not among what is listed above.
@@ -87,6 +91,8 @@ class TSPipeStrategy(CheckpointStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         state_dict_type: Literal["full", "sharded"] = "full",
+        recompute: bool = False,
+        compile: bool | dict[str, Any] = False,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -96,7 +102,8 @@ class TSPipeStrategy(CheckpointStrategy):
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         check_plan_arguments(microbatches, schedule)
         self._balance = read_balance(balance)
-        check_strategy_arguments(stages, max_memory, start_method, process_group_backend, state_dict_type)
+        check_strategy_arguments(stages, max_memory, start_method, process_group_backend, state_dict_type, recompute)
+        self._recompute, self._compile = recompute, check_compile_arguments(compile, recompute)
         self._stages, self._microbatches, self._schedule, self._max_memory = stages, microbatches, schedule, max_memory
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
         self._signals: _lightning.SignalLink | None = None
@@ -146,6 +153,7 @@ class TSPipeStrategy(CheckpointStrategy):
         topology = self._topology
         self._signals = _lightning.SignalLink(trainer, topology.world_size == 1, topology.replicas > 1)
         check_trainer(trainer, self.lightning_module, topology.world_size, self._stages)
+        check_compile(self._compile, self._schedule, self.root_device)
         module = self._module
         module.check_networks()
         self.model = self.precision_plugin.convert_module(module)
@@ -163,15 +171,16 @@ class TSPipeStrategy(CheckpointStrategy):
         self.model_to_device()
         mine = parts.runs("student", topology.stage), parts.runs("teacher", topology.stage)
         joint = None if self._replicas is None or self._layer_sync is None else self._replicas.joint
-        seed = self._seed + topology.replica
-        self._stage = Stage(*mine, topology.stage, topology.stage == 0, self.root_device, seed, joint)
+        seed, device, first = self._seed + topology.replica, self.root_device, topology.stage == 0
+        options = self._compile
+        self._stage = Stage(*mine, topology.stage, first, device, seed, joint, self._recompute, options)
         self._patch(trainer, module)
         if trainer.state.fn == TrainerFn.FITTING:
             warn_of_low_momentum(module)
             self.setup_optimizers(trainer)
             lookahead = module.momentum is None or module.teacher_delay != 0
             post_ahead = 0 if self._comm is None else self._comm.post_ahead
-            costs = self.placement.costs or estimate_costs(parts)
+            costs = self.placement.costs or estimate_costs(parts, self._recompute)
             held = arrangement.max_held
             planner = Planner(costs, lookahead, module.loss_over, self._schedule, post_ahead, max_held=held)
             self._fitting = Fitting(

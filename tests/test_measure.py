@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
 from lightning_tspipe.measure import Meter
@@ -204,6 +205,46 @@ def test_a_limit_of_memory_moves_the_cut(tmp_path: Path) -> None:
     assert max(found.weights) <= strategy["max_memory"]  # type: ignore[operator]
     with pytest.raises(AssertionError, match="No cut into 2 stages keeps max_memory=100 bytes per rank"):
         run_fits([Fit(Uneven, loader, 2, 2, strategy={"balance": "auto", "max_memory": 100}, trainer=options)])
+
+
+class Drops(TeacherStudentModule):
+    """Random numbers in both networks."""
+
+    def __init__(self, followed: bool) -> None:
+        super().__init__(teacher_mode="train")
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(4)]
+        self.student: nn.Module = nn.Sequential(*layers)
+        if followed:
+            self.student = VisionTransformer(16, 8, 3, 2, 8, 16, dropout=0.3, attention_dropout=0.2, num_classes=4)
+            nn.init.normal_(self.student.heads.head.weight)  # it is zero otherwise
+        self.teacher = copy.deepcopy(self.student)
+
+    def student_input(self, batch: Any) -> Any:
+        return batch[0] if isinstance(self.student, nn.Sequential) else batch[0].mean(1)[:, None, None, None].expand(
+            -1, 3, 16, 16
+        )  # fmt: skip
+
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Any:
+        return (student_out - teacher_out).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.student.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("followed", [False, True])
+def test_dropout_does_not_depend_on_the_cuts(followed: bool) -> None:
+    """Nor on their number: a run with measured cuts can be repeated, and resumed on other devices."""
+    count = len(find_layers(Drops(followed).student, nn.Identity(), 2, {}, None, lambda _: [torch.ones(2, 3, 16, 16)])
+                .student)  # fmt: skip
+    cuts = [1, count - 1], [count - 1, 1], [1, 1, count - 2]
+    fits = [Fit(lambda: Drops(followed), loader, len(sizes), 2, strategy={"balance": sizes}) for sizes in cuts]
+    expected, *others = [ranks[0] for ranks in run_fits(fits)]
+    assert len({float(loss) for loss in expected["losses"]}) > 1
+    for found in others:
+        assert found["losses"] == expected["losses"]
+        for name, value in expected["whole"].items():
+            assert torch.equal(found["whole"][name], value), name
 
 
 # --- the plan as a table and as a file
