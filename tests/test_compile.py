@@ -37,6 +37,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         y = nn.functional.dropout(self.act(self.first(x)), DROPS[0], self.training)
+        y = 1 * y  # dropout of nothing gives its input itself, which must stay
         y += self.shift
         y = self.norm(self.second(y)) + x
         with torch.no_grad():
