@@ -29,6 +29,7 @@ class CheckpointStrategy(ProcessStrategy):
     _shards: Shards | None = None
     _fitting: Fitting | None = None
     _seed = 0
+    _chosen: int | None = None  # microbatches per batch
     _state_dict_type: Literal["full", "sharded"] = "full"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -90,7 +91,7 @@ class CheckpointStrategy(ProcessStrategy):
             log.warning("%s is not saved: every rank has its own stage only, and one is lost", filepath)
             return
         if "optimizer_states" in checkpoint:
-            checkpoint[KEY] = {"seed": self._seed, **self._random_states()}
+            checkpoint[KEY] = {"seed": self._seed, "microbatches": self._chosen, **self._random_states()}
         path = Path(filepath)
         if not self._is_sharded:
             if self.is_global_zero and sharded.is_sharded(path):

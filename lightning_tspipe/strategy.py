@@ -6,6 +6,7 @@ import logging
 import signal
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -183,6 +184,11 @@ class TSPipeStrategy(CheckpointStrategy):
             costs = self.placement.costs or estimate_costs(parts, self._recompute)
             held = arrangement.max_held
             planner = Planner(costs, lookahead, module.loss_over, self._schedule, post_ahead, max_held=held)
+            if self._microbatches == "auto":  # a resumed run goes on with the number that it had
+                found = self.placement.microbatches or planner.microbatches
+                planner.microbatches = self._resumed.get("microbatches", found)
+            self._chosen = planner.microbatches if self._microbatches == "auto" else self._microbatches
+            self.placement = replace(self.placement, microbatches=self._chosen)
             self._fitting = Fitting(
                 trainer, module, self._stage, self._comm, planner, self._microbatches, topology,
                 self._shards.trained(), self._replicas, self._signals,

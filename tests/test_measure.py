@@ -194,6 +194,44 @@ def test_a_saved_plan_is_followed(zygote: Zygote, tmp_path: Path) -> None:
         assert Placement.load(tmp_path / f"{rank}.json").sizes == ([4, 1], [3, 1])
 
 
+def keep_number(rank: int, out: Path) -> None:
+    """Two stages choose a number of microbatches, three go on with it, and a number that is given comes before it."""
+    torch.set_num_threads(1)
+
+    def fit(stages: int, resume: Path | None, microbatches: int | str = "auto") -> int | None:
+        strategy = TSPipeStrategy(stages, microbatches=microbatches, start_method="fork")  # type: ignore[arg-type]
+        trainer = L.Trainer(
+            accelerator="cpu", devices=stages, strategy=strategy, max_steps=2 if resume else 1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[Shown(out), Saved(out / "last.ckpt")],
+        )  # fmt: skip
+        trainer.fit(Uneven(), loader(24, 12), ckpt_path=None if resume is None else str(resume))
+        return Placement.load(out / "0.json").microbatches
+
+    first = fit(2, None)
+    numbers = [first, fit(3, out / "last.ckpt"), fit(2, out / "last.ckpt", 5)]
+    (out / "numbers.txt").write_text(" ".join(map(str, numbers)))
+
+
+class Saved(L.Callback):
+    """A checkpoint of the first step, made on all ranks."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.global_step == 1:
+            trainer.save_checkpoint(self.file)
+
+
+def test_a_resumed_run_keeps_its_microbatches(zygote: Zygote, tmp_path: Path) -> None:
+    """What was measured again would give another number, and batch norms other microbatches."""
+    assert zygote.run("tests.test_measure:keep_number", 1, tmp_path) == [0]
+    first, second, third = map(int, (tmp_path / "numbers.txt").read_text().split())
+    assert first == second
+    assert third == 5
+
+
 def test_a_limit_of_memory_moves_the_cut(tmp_path: Path) -> None:
     """The second stage may not hold all the large layers, however fast they are; too little is an error."""
     whole = 4 * sum(p.numel() for p in Uneven().student.parameters())
