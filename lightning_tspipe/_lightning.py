@@ -29,6 +29,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -128,14 +129,25 @@ def prepare_batch(trainer: pl.Trainer, batch: Any) -> Any:
 
 
 def loader_of(trainer: pl.Trainer) -> Any:
-    """The loader, or collection of loaders, of what the trainer runs, before any of it is iterated."""
+    """The loader, or collection of loaders, of what the trainer runs, before any of it is iterated.
+
+    The trainer gets the same one when it asks next, so that the user's hook is called once.
+    """
     loops: dict[Any, Any] = {
         TrainerFn.FITTING: trainer.fit_loop,
         TrainerFn.VALIDATING: trainer.validate_loop,
         TrainerFn.TESTING: trainer.test_loop,
         TrainerFn.PREDICTING: trainer.predict_loop,
     }
-    return loops[trainer.state.fn]._data_source.dataloader()
+    source = loops[trainer.state.fn]._data_source
+    found = _request_dataloader(source)
+
+    def again() -> Any:
+        del source.dataloader
+        return found
+
+    source.dataloader = again
+    return found
 
 
 def skip_preparation(trainer: pl.Trainer, prepared: Callable[[Any], bool]) -> Callable[[], None]:

@@ -7,7 +7,8 @@ normalized by its own statistics; what a validation uses is then the same for ev
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -44,9 +45,35 @@ class DeferredBatchNorm:
         found = [m for root in modules for m in root.modules() if isinstance(m, Norm)]
         self._norms = [norm for norm in found if norm.track_running_stats or joint is not None]
         self._parts: dict[Slot, dict[int, list[_Part]]] = defaultdict(lambda: defaultdict(list))
-        self.slot: Slot = (0, 0)
+        self._slot: Slot = (0, 0)
+        # All that a forward changes: a list that is empty when it begins, so that torch.compile can follow it.
+        self._fresh: list[tuple[int, _Part]] = []
         for index, norm in enumerate(self._norms):
             norm.forward = partial(self._forward, norm, index)  # type: ignore[method-assign]
+
+    @property
+    def slot(self) -> Slot:
+        """The batch and view whose forwards run now."""
+        return self._slot
+
+    @slot.setter
+    def slot(self, slot: Slot) -> None:
+        self._file()
+        self._slot = slot
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What runs in this context runs again, and was counted the first time."""
+        self._file()
+        try:
+            yield
+        finally:
+            self._fresh.clear()
+
+    def _file(self) -> None:
+        for index, part in self._fresh:
+            self._parts[self._slot][index].append(part)
+        self._fresh.clear()
 
     def restore(self) -> None:
         """Give the batch norms their own forward back."""
@@ -56,12 +83,14 @@ class DeferredBatchNorm:
     @torch.no_grad()
     def commit(self, batch: int) -> None:
         """Move the running statistics by those of a whole batch, view after view as the networks would."""
+        self._file()
         for slot in sorted(slot for slot in self._parts if slot[0] == batch):
             for index, parts in self._parts.pop(slot).items():
                 _update(self._norms[index], parts)
 
     def discard(self, batch: int) -> None:
         """Forget a batch that is not trained on after all."""
+        self._file()
         for slot in [slot for slot in self._parts if slot[0] == batch]:
             del self._parts[slot]
 
@@ -71,13 +100,13 @@ class DeferredBatchNorm:
         if self._joint is not None:
             output, part = _joint(norm, inputs, self._joint)
             if norm.track_running_stats:
-                self._parts[self.slot][index].append(part)
+                self._fresh.append((index, part))
             return output
         assert norm.running_mean is not None and norm.running_var is not None
         # with momentum 1 the kernel leaves the statistics of this microbatch in the two buffers, at no extra cost
         mean, var = torch.zeros_like(norm.running_mean), torch.ones_like(norm.running_var)
         output = nn.functional.batch_norm(inputs, mean, var, norm.weight, norm.bias, True, 1.0, norm.eps)
-        self._parts[self.slot][index].append(_Part(inputs.numel() // inputs.shape[1], mean, var))
+        self._fresh.append((index, _Part(inputs.numel() // inputs.shape[1], mean, var)))
         return output
 
 

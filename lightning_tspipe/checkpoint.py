@@ -18,7 +18,7 @@ from lightning_tspipe.recording import extra_states_of, tensors_of
 from lightning_tspipe.replicas import Replicas
 
 Groups = list[list[str]]
-KEY = "tspipe"  # of what a checkpoint holds beyond a plain one: the seed and the generators' states
+KEY = "tspipe"  # of what a checkpoint holds beyond a plain one: seed, number of microbatches, generators' states
 
 
 class Shards:

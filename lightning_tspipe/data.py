@@ -110,12 +110,7 @@ def make_batch(
     Raises:
         ValueError: there is no tensor, views differ in their rows, or there are fewer rows than microbatches.
     """
-    rows = _rows("student_input", student)
-    if _rows("teacher_input", teacher) != rows:
-        raise ValueError(
-            f"student_input(batch) has {rows} rows and teacher_input(batch) has {_rows('teacher_input', teacher)}: "
-            "both networks need the same samples in dimension 0, since they are cut into the same microbatches."
-        )
+    rows = check_rows(student, teacher)
     if rows < microbatches and fixed:
         raise ValueError(
             f"A batch of {rows} row(s) cannot be cut into microbatches={microbatches}. Give TSPipeStrategy fewer "
@@ -140,6 +135,21 @@ def make_batch(
 def _cut(value: Any, sizes: tuple[int, ...]) -> list[list[Any]]:
     views = value if isinstance(value, list) else [value]
     return [list(parts) for parts in zip(*(tree.split(view, sizes) for view in views), strict=True)]
+
+
+def check_rows(student: Any, teacher: Any) -> int:
+    """How many samples both inputs have.
+
+    Raises:
+        ValueError: there is no tensor, or their rows differ.
+    """
+    rows = _rows("student_input", student)
+    if _rows("teacher_input", teacher) != rows:
+        raise ValueError(
+            f"student_input(batch) has {rows} rows and teacher_input(batch) has {_rows('teacher_input', teacher)}: "
+            "both networks need the same samples in dimension 0, since they are cut into the same microbatches."
+        )
+    return rows
 
 
 def _rows(hook: str, value: Any) -> int:

@@ -97,17 +97,17 @@ class LossRelay:
         """Post the receive of this step's report."""
         self._comm.lines_in["relay"].post()
 
-    def take(self) -> tuple[LossReport, int]:
-        """Wait for the report of the rank behind this one."""
-        entries, asked = self._comm.lines_in["relay"].take()
+    def take(self) -> tuple[LossReport, int, bytes]:
+        """Wait for what `pass_on` of the rank behind this one was given."""
+        entries, asked, reached = self._comm.lines_in["relay"].take()
         size, channel = self._know(entries, self._comm.inward["L"])
         channel.post(size)
         (vector,) = channel.take()
-        return LossReport.of_vector(entries, vector), asked
+        return LossReport.of_vector(entries, vector), asked, reached
 
-    def pass_on(self, report: LossReport, asked: int) -> None:
-        """Send it to the rank before this one."""
-        self._comm.lines_out["relay"].send((report.entries, asked))
+    def pass_on(self, report: LossReport, asked: int, reached: bytes) -> None:
+        """Send it to the rank before this one, with what signals ask, and which of its outputs the loss depends on."""
+        self._comm.lines_out["relay"].send((report.entries, asked, reached))
         size, channel = self._know(report.entries, self._comm.outward["L"])
         channel.send(size, [report.vector(self._comm.device)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,11 +40,15 @@ class LossSide:
         self._gradients: dict[int, list[Tensor | None]] = {}
         self._reports: list[LossReport] = []
         self._backwards = 0
+        self._reached: list[bool] = []
+        self._reach: dict[Hashable, tuple[list[bool], list[Tensor]]] = {}
+        self._unreached: list[Tensor] = []
 
     def begin(self, batch: Batch, hooks: StepHooks) -> None:
         """A step begins: post what is going to be received, and send the target to where the loss is made."""
         self._hooks = hooks
         self._student_out, self._reports, self.report, self._backwards = [], [], None, 0
+        self._reached, self._unreached = [], []
         if self._comm is None:
             return
         if not self._last:
@@ -85,8 +90,9 @@ class LossSide:
         target = self._target(batch)
         if not whole:
             target = tree.split(target, sizes)[q]
-        student = _merged([self._student_out[p] for p in covered])
-        teacher = _merged([self._teacher_out[batch.info.index][p] for p in covered])
+        rows = [sizes[p] for p in covered]
+        student = _merged([self._student_out[p] for p in covered], rows)
+        teacher = _merged([self._teacher_out[batch.info.index][p] for p in covered], rows)
         leaves, structure = tree.flatten(student)
         leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
         student = tree.unflatten(leaves, structure)
@@ -99,21 +105,26 @@ class LossSide:
         self._reports.append(report)
         for p in covered:
             self._student_out[p] = []
-        if len(self._reports) == (1 if whole else len(sizes)):
+        complete = len(self._reports) == (1 if whole else len(sizes))
+        if complete:
             self.forget(batch.info.index)
-            self._publish()
+            self.report = mean_of(self._reports)
+            self._hooks.log(self.report)
         scaled = self._hooks.before_backward(loss) if first else self._hooks.scale(loss)
         if not whole:
             scaled = scaled / len(sizes)
         torch.autograd.backward(scaled)
         floats = differentiable(leaves)
-        if all(leaf.grad is None for leaf in floats):
+        here = [leaf.grad is not None for leaf in floats]
+        self._reached = [a or b for a, b in zip(self._reached, here, strict=True)] if self._reached else here
+        if not any(here):
             raise ValueError(
                 "The loss does not depend on the student: no gradient reached its outputs. Compute it from "
                 "`student_out`, and do not detach it."
             )
-        parts = [[None] * len(covered) if leaf.grad is None else torch.split(leaf.grad, [sizes[p] for p in covered])
-                 if len(covered) > 1 else [leaf.grad] for leaf in floats]  # fmt: skip
+        if complete:
+            self._pass_on(batch, q, self._reached)
+        parts = [_cut(leaf.grad, rows) for leaf in floats]
         for place, p in enumerate(covered):
             self._gradients[p] = [part[place] for part in parts]
 
@@ -126,14 +137,19 @@ class LossSide:
             batch.target = self._comm.inward["Y"].take()
         return batch.target
 
-    def _publish(self) -> None:
-        """Send loss and logged values upstream, ahead of the gradients."""
-        self.report = mean_of(self._reports)
-        if self._relay is not None:
-            self._relay.pass_on(self.report, self._hooks.asked())
-        self._hooks.log(self.report)
+    def _pass_on(self, batch: Batch, q: int, reached: Sequence[bool]) -> None:
+        """Send loss and logged values upstream, ahead of the gradients, and on which activations the loss depends."""
+        if self._relay is None:
+            return
+        key = batch.info.key("student", q), bytes(reached)
+        if key not in self._reach:
+            self._reach[key] = self._stage.reach((batch.info.index, q), reached)
+        inputs, self._unreached = self._reach[key]
+        if self._place:
+            assert self.report is not None
+            self._relay.pass_on(self.report, self._hooks.asked(), bytes(inputs))
 
-    def take_report(self, batch: Batch) -> None:
+    def take_report(self, batch: Batch, q: int) -> None:
         """Before each backward of a rank that is not the last: take loss and logged values from below, pass them on.
 
         They come before the first backward (loss over the batch) or the last one (per microbatch, when complete).
@@ -147,15 +163,31 @@ class LossSide:
         if number != due:
             self._hooks.before_backward(torch.zeros((), device=self._stage.device))
             return
-        self.report, asked = self._relay.take()
+        self.report, asked, reached = self._relay.take()
         self._hooks.ask(asked)
-        if self._place:
-            self._relay.pass_on(self.report, self._hooks.asked())
+        self._pass_on(batch, q, list(map(bool, reached)))
         self._hooks.log(self.report)
         if due == 0:
             self._hooks.before_backward(self.report.values[0])
 
+    def drop_zeros(self) -> None:
+        """After the last backward: what the loss does not reach has no gradient, as in the twin, for the optimizer."""
+        zeros = [p for p in self._unreached if p.grad is not None and not p.grad.is_sparse]
+        if zeros:  # looked at, since earlier batches, or a layer that goes by values, may have reached them after all
+            anything = torch.stack([p.grad.any() for p in zeros if p.grad is not None]).tolist()
+            for parameter, there in zip(zeros, anything, strict=True):
+                if not there:
+                    parameter.grad = None
 
-def _merged(microbatches: list[list[Any]]) -> list[Any]:
+
+def _cut(gradient: Tensor | None, rows: list[int]) -> Sequence[Tensor | None]:
+    """Rows of each microbatch of the gradient of a merged tensor."""
+    if gradient is None or len(rows) == 1:
+        return [gradient] * len(rows)
+    each = len(gradient) // sum(rows)
+    return torch.split(gradient, [each * count for count in rows])
+
+
+def _merged(microbatches: list[list[Any]], rows: list[int]) -> list[Any]:
     """Rows of microbatches together again, view by view."""
-    return [tree.merge([views[view] for views in microbatches]) for view in range(len(microbatches[0]))]
+    return [tree.merge([views[view] for views in microbatches], rows) for view in range(len(microbatches[0]))]

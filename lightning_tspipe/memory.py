@@ -1,8 +1,9 @@
 """Modules that are built without memory, and how their tensors get values on the ranks that hold them.
 
-As in Lightning's FSDPStrategy, parameters are on the device meta until the strategy is set up. Buffers are made as usual,
-like those of accelerate's `init_empty_weights` (https://huggingface.co/docs/accelerate/package_reference/big_modeling):
-they are small, and many (masks, positions, frequencies) are in no file and could not be made again.
+As in Lightning's FSDPStrategy, parameters are on the device meta until the strategy is set up. Buffers are made as
+usual, like those of accelerate's `init_empty_weights`
+(https://huggingface.co/docs/accelerate/package_reference/big_modeling): they are small, and many (masks, positions,
+frequencies) are in no file and could not be made again.
 """
 
 from __future__ import annotations
@@ -139,9 +140,7 @@ def without_values(module: nn.Module, follows: Collection[int] = ()) -> Iterator
                 yield f"{name}.{key}".lstrip(".")
 
 
-def materialize(
-    module: nn.Module, is_mine: Callable[[str], bool], seed: int, follows: Mapping[int, Tensor]
-) -> None:
+def materialize(module: nn.Module, is_mine: Callable[[str], bool], seed: int, follows: Mapping[int, Tensor]) -> None:
     """Give this rank's tensors without memory their values, by `reset_parameters` of the modules that have them.
 
     The random numbers depend on the seed and on the module's name only, so they are equal for every number of stages;

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from typing_extensions import override
 from lightning_tspipe._lightning import accumulates
 from lightning_tspipe.arguments import run_network
 from lightning_tspipe.memory import lend
+from lightning_tspipe.taps import problem_with, run_tapped, taken_apart, uncalled
 from lightning_tspipe.teacher import Momentum, MomentumTeacher, check_momentum, pair_parameters, teacher_version
 
 
@@ -37,6 +39,10 @@ class TeacherStudentModule(pl.LightningModule):
 
     teacher: nn.Module
     student: nn.Module
+    # Names of submodules of a network. If there are any, `loss` gets what they return, as `student_taps=` and
+    # `teacher_taps=`: a dict by name, or a list of these if there are views.
+    student_taps: Sequence[str] = ()
+    teacher_taps: Sequence[str] = ()
 
     def __init__(
         self,
@@ -67,13 +73,18 @@ class TeacherStudentModule(pl.LightningModule):
             self.register_state_dict_post_hook(_drop_teacher)  # type: ignore[no-untyped-call]
             self.register_load_state_dict_post_hook(_tolerate_missing_teacher)  # type: ignore[no-untyped-call]
 
-    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Tensor | Mapping[str, Any]:
+    # the last two are for type checkers: a subclass may add `student_taps` and `teacher_taps`, or not
+    def loss(
+        self, student_out: Any, teacher_out: Any, target: Any, *args: Any, **kwargs: Any
+    ) -> Tensor | Mapping[str, Any]:
         """The one thing a user must write.
 
         Args:
             student_out: what `student` returned, tensors of shape (batch, ...); a list of these if there are views.
             teacher_out: the same for `teacher`.
             target: what `target(batch)` returned.
+            *args: nothing.
+            **kwargs: `student_taps` and `teacher_taps`, if either has a name.
 
         Returns:
             A scalar tensor, or a dict with ``"loss"`` and more entries.
@@ -126,11 +137,11 @@ class TeacherStudentModule(pl.LightningModule):
         if self._momentum_teacher is not None:
             self._momentum_teacher.advance(self.version_of(step, default_delay=0), step - 1)
         with torch.no_grad():
-            teacher_out = _run_views(self.teacher, self.teacher_input(batch))
+            teacher_out = _run_views(self.teacher, self.teacher_input(batch), self.teacher_taps)
         if self._momentum_teacher is not None and not accumulates(self.trainer):
             self._momentum_teacher.advance(step - 1, step - 1)  # the optimizer is about to replace this student
-        student_out = _run_views(self.student, self.student_input(batch))
-        return self.loss(student_out, teacher_out, self.target(batch))
+        student_out = _run_views(self.student, self.student_input(batch), self.student_taps)
+        return run_loss(self, student_out, teacher_out, self.target(batch))
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -158,6 +169,7 @@ class TeacherStudentModule(pl.LightningModule):
             )
         if self.momentum is not None:
             pair_parameters(self.teacher, self.ema_source())
+        self._check_taps()
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises MisconfigurationException if the optimizer would train the teacher."""
@@ -169,6 +181,19 @@ class TeacherStudentModule(pl.LightningModule):
                         f"The optimizer was given the teacher's parameter {names[id(parameter)]!r}. The teacher is not "
                         "trained by gradients: pass `self.student.parameters()`, not `self.parameters()`."
                     )
+
+    def _check_taps(self) -> None:
+        for network, names in (("student", self.student_taps), ("teacher", self.teacher_taps)):
+            if problem := problem_with(getattr(self, network), names):
+                raise MisconfigurationException(f"`{network}_taps` of `{type(self).__name__}` {problem}")
+        if self.student_taps or self.teacher_taps:
+            try:
+                inspect.signature(self.loss).bind(None, None, None, student_taps=None, teacher_taps=None)
+            except TypeError as error:
+                raise MisconfigurationException(
+                    f"`{type(self).__name__}` has taps, and its `loss` does not take them ({error}): define "
+                    "`loss(self, student_out, teacher_out, target, student_taps, teacher_taps)`."
+                ) from error
 
     def _prepare_twin(self, step: int) -> None:
         """Set the teacher's mode, and follow the optimizer so that the last update before a checkpoint is made."""
@@ -196,8 +221,24 @@ class TeacherStudentModule(pl.LightningModule):
             self._momentum_teacher.advance(step, step)
 
 
-def _run_views(network: nn.Module, inputs: Any) -> Any:
-    return [run_network(network, view) for view in inputs] if isinstance(inputs, list) else run_network(network, inputs)
+def run_loss(module: TeacherStudentModule, student: Any, teacher: Any, target: Any) -> Any:
+    """Call `loss` with what the networks gave: `Tapped` of a network with taps, lists if there are views."""
+    if not (module.student_taps or module.teacher_taps):
+        return module.loss(student, teacher, target)
+    (student_out, student_taps), (teacher_out, teacher_taps) = taken_apart(student), taken_apart(teacher)
+    for network, found in (("student", student_taps), ("teacher", teacher_taps)):
+        for view in found if isinstance(found, list) else [found]:
+            for name in getattr(module, f"{network}_taps"):
+                if name not in view:
+                    raise MisconfigurationException(uncalled(getattr(module, network), name))
+    return module.loss(student_out, teacher_out, target, student_taps=student_taps, teacher_taps=teacher_taps)
+
+
+def _run_views(network: nn.Module, inputs: Any, taps: Sequence[str]) -> Any:
+    def run(view: Any) -> Any:
+        return run_tapped(network, view, taps) if taps else run_network(network, view)
+
+    return [run(view) for view in inputs] if isinstance(inputs, list) else run(inputs)
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

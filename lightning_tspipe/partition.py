@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,46 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_tspipe.arguments import run_network
-from lightning_tspipe.recording import extra_states_of, has_hooks, tensors_of
+from lightning_tspipe.balance import balance_by_cost
+from lightning_tspipe.layers import NAMES_LAYERS, Entry, Layer, is_plain, layers_of
+from lightning_tspipe.taps import TapError
 from lightning_tspipe.trace import Segment, Traced
 
 Balance = str | Sequence[int] | Mapping[str, Sequence[int]]
 BALANCES = ("auto", "parameters")
-NAMES_LAYERS = "pipeline_layers"  # the method by which a network names its layers
 UNEVEN = 1.5  # a largest stage of so many times the mean is a reason to look into the layers of a Sequential
-SLACK = 1.05  # how much larger the largest stage may be so that less travels
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One indivisible layer.
-
-    Args:
-        name: its qualified name within the network.
-        module: what it calls; of a network that was followed, the submodule that begins it.
-        states: of a network that was followed, names in its state dict; None means those of `module`.
-        parameters: how many there are; None means those of `module`.
-    """
-
-    name: str
-    module: nn.Module
-    states: tuple[str, ...] | None = None
-    parameters: int | None = None
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers it trains."""
-        return sum(p.numel() for p in self.module.parameters()) if self.parameters is None else self.parameters
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        """The names of its parameters, buffers and other states in the network's state dict."""
-        if self.states is not None:
-            return self.states
-        names = (*tensors_of(self.module), *extra_states_of(self.module))
-        return tuple(f"{self.name}.{name}" if self.name else name for name in names)
+NO_TAPS: Mapping[str, Sequence[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -59,12 +28,14 @@ class Partition:
     Args:
         traced: the networks that were followed.
         entered: networks of structure whose first layer takes what their forward would.
+        taps: of networks that are one layer, the names of submodules whose results are given with the output.
     """
 
     student: tuple[tuple[Layer, ...], ...]
     teacher: tuple[tuple[Layer, ...], ...]
     traced: Mapping[str, Traced] = field(default_factory=dict)
     entered: frozenset[str] = frozenset()
+    taps: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def owners(self) -> dict[str, int]:
         """The stage of every entry of the state dict of both networks, by qualified name (``student.0.weight``)."""
@@ -83,6 +54,8 @@ class Partition:
             return ()
         if network not in self.traced:
             first, *rest = stages[stage]
+            if network in self.taps:
+                return (Layer(first.name, Entry(first.module, self.taps[network])),)
             if network not in self.entered or stage or not stages[0]:
                 return stages[stage]
             return (Layer(first.name, Entry(first.module)), *rest)
@@ -91,72 +64,105 @@ class Partition:
         return (Layer(stages[stage][0].name, segment),)
 
 
-def layers_of(network: nn.Module, prefix: str = "") -> list[Layer]:
-    """The layers that a network has by its structure.
+@dataclass(frozen=True)
+class Layers:
+    """The layers of both networks, before they are cut.
 
-    They are those that its `pipeline_layers()` names; else nested `nn.Sequential` are flattened, and anything else, and
-    a Sequential with hooks, is one layer.
+    Args:
+        student, teacher: in order.
+        networks: the networks by name.
+        traced: those that were followed.
+        source: the student's submodule that a momentum teacher follows; None for a frozen teacher.
+        taps: as in `Partition`.
     """
-    if not prefix and hasattr(network, NAMES_LAYERS):
-        return _named_layers(network)
-    if not _is_plain(network) or has_hooks(network):
-        return [Layer(prefix, network)]
-    return [
-        layer
-        for name, child in network.named_children()
-        for layer in layers_of(child, f"{prefix}.{name}" if prefix else name)
-    ]
 
+    student: list[Layer]
+    teacher: list[Layer]
+    networks: Mapping[str, nn.Module]
+    traced: Mapping[str, Traced]
+    source: nn.Module | None
+    taps: Mapping[str, Sequence[str]]
 
-def _is_plain(network: nn.Module) -> bool:
-    return isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward
+    def by_parameters(self, stages: int) -> tuple[list[int], list[int] | None]:
+        """Sizes such that the largest stage has as few parameters as possible; None: the teacher's follow."""
+        sizes = []
+        for name in ("student",) if self.source is not None else ("student", "teacher"):
+            layers: list[Layer] = getattr(self, name)
+            _check_count(name, layers, stages)
+            alive = self.traced[name].alive if name in self.traced else []
+            sizes.append(balance_by_cost([layer.num_parameters for layer in layers], stages, alive))
+        return sizes[0], sizes[1] if self.source is None else None
 
+    def cut(self, student: Sequence[int], teacher: Sequence[int] | None = None) -> Partition:
+        """Stages of these numbers of layers; those of a momentum teacher are its source's.
 
-def _named_layers(network: Any) -> list[Layer]:
-    names = {id(module): name for name, module in network.named_modules()}
-    result = []
-    for number, module in enumerate(network.pipeline_layers()):
-        if isinstance(module, nn.Module) and id(module) in names and module is not network:
-            result.append(Layer(names[id(module)], module))
-        elif not isinstance(module, nn.Module) and callable(module):
-            result.append(Layer(f"pipeline_layers[{number}]", Function(module)))
+        Raises:
+            ValueError: numbers that do not add up, shared parameters, a momentum teacher that cannot follow.
+        """
+        stages = len(student)
+        student_stages = _cut("student", self.student, stages, student)
+        if self.source is None:
+            assert teacher is not None
+            teacher_stages = _cut("teacher", self.teacher, stages, teacher)
         else:
-            raise ValueError(
-                f"pipeline_layers() of {type(network).__name__} gives a {type(module).__name__} at place {number}: "
-                "give submodules of the network, or functions, that its forward calls one after the other."
+            teacher_stages = _follow(student_stages, self.networks["student"], self.teacher, self.source)
+        entered = frozenset(name for name, network in self.networks.items() if not is_plain(network))
+        result = Partition(student_stages, teacher_stages, self.traced, entered, self.taps)
+        _refuse_shared(result)
+        return result
+
+    def apart(self) -> Partition:
+        """Each layer as a stage of its own."""
+        student, teacher = (tuple((layer,) for layer in layers) for layers in (self.student, self.teacher))
+        entered = frozenset(name for name, network in self.networks.items() if not is_plain(network))
+        return Partition(student, teacher, self.traced, entered, self.taps)
+
+    def followers(self) -> list[list[int]]:
+        """For each student layer the momentum teacher's layers, by number, that are on its stage wherever it is cut."""
+        assert self.source is not None
+        stages = tuple((layer,) for layer in self.student)
+        number = {id(layer): n for n, layer in enumerate(self.teacher)}
+        followed = _follow(stages, self.networks["student"], self.teacher, self.source)
+        return [[number[id(layer)] for layer in stage] for stage in followed]
+
+
+def find_layers(
+    student: nn.Module,
+    teacher: nn.Module,
+    stages: int,
+    cuts: Mapping[str, Sequence[int]],
+    source: nn.Module | None = None,
+    examples: Callable[[str], Sequence[Any]] | None = None,
+    device: torch.device = CPU,
+    taps: Mapping[str, Sequence[str]] = NO_TAPS,
+) -> Layers:
+    """The layers that both networks have; arguments as in `partition`, `cuts` as `explicit_cuts` gives them."""
+    taps = {name: names for name, names in taps.items() if names}
+    traced: dict[str, Traced] = {}
+
+    def find(name: str, network: nn.Module, follow: bool) -> list[Layer]:
+        if name in taps and stages == 1:
+            return [Layer("", network)]
+        plain = layers_of(network)
+        if name in taps and hasattr(network, NAMES_LAYERS):
+            raise TapError(
+                f"The {name} has taps and names its layers by {NAMES_LAYERS}(): what its layers return on the way is "
+                "not seen. Remove that method, so that its forward is followed, or let the layers hand the features "
+                "on as a part of the output."
             )
-    owned = {id(tensor) for layer in result for tensor in tensors_of(layer.module).values()}
-    for name, tensor in tensors_of(network).items():
-        if id(tensor) not in owned:
+        if stages == 1 or not (follow or name in taps or _needs_following(network, plain, stages, cuts.get(name))):
+            return plain
+        if examples is None:
             raise ValueError(
-                f"{name!r} of {type(network).__name__} is in none of the modules that pipeline_layers() gives, so no "
-                "stage would have it. Put it into one of them."
+                f"The {name} is no nn.Sequential, or has taps: an example of its input is needed to cut it."
             )
-    return result
+        traced[name] = Traced(network, examples(name), device, taps.get(name, ()))
+        return _traced_layers(traced[name])
 
-
-class Entry(nn.Module):
-    """The first layer of a network, called with the arguments that an input stands for."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, value: Any) -> Any:
-        """Call it."""
-        return run_network(self.layer, value)
-
-
-class Function(nn.Module):
-    """A function without parameters as a layer."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self._function = function
-
-    def forward(self, value: Any) -> Any:
-        """Call it."""
-        return self._function(value)
+    of_student = find("student", student, False)
+    of_teacher = find("teacher", teacher, source is not None and "student" in traced)
+    networks = {"student": student, "teacher": teacher}
+    return Layers(of_student, of_teacher, networks, traced, source, taps if stages == 1 else NO_TAPS)
 
 
 def partition(
@@ -167,8 +173,9 @@ def partition(
     source: nn.Module | None = None,
     examples: Callable[[str], Sequence[Any]] | None = None,
     device: torch.device = CPU,
+    taps: Mapping[str, Sequence[str]] = NO_TAPS,
 ) -> Partition:
-    """Cut both networks into contiguous stages.
+    """Cut both networks into contiguous stages, without measuring.
 
     Args:
         student, teacher: the networks.
@@ -179,40 +186,30 @@ def partition(
             momentum update needs no message. None for a frozen teacher.
         examples: gives inputs of "student" and "teacher", for a network whose forward has to be followed.
         device: where they are going to run.
+        taps: names of submodules of "student" and "teacher" whose results are given with the output, as `taps.Tapped`.
 
     Raises:
         ValueError: more stages than layers, unknown balance, cuts that do not add up, shared parameters, a network that
             cannot be cut.
+        TapError: a tap that is not seen.
     """
-    cuts = _explicit_cuts(balance)
-    traced: dict[str, Traced] = {}
+    cuts = explicit_cuts(balance, source is not None)
+    layers = find_layers(student, teacher, stages, cuts, source, examples, device, taps)
+    return layers.cut(*chosen(layers, stages, cuts))
 
-    def find(name: str, network: nn.Module, follow: bool) -> list[Layer]:
-        plain = layers_of(network)
-        if stages == 1 or not (follow or _needs_following(network, plain, stages, cuts.get(name))):
-            return plain
-        if examples is None:
-            raise ValueError(f"The {name} is no nn.Sequential: an example of its input is needed to cut it.")
-        traced[name] = Traced(network, examples(name), device)
-        return _traced_layers(traced[name])
 
-    student_layers = find("student", student, False)
-    student_stages = _cut("student", student_layers, stages, cuts.get("student"), traced.get("student"))
-    teacher_layers = find("teacher", teacher, source is not None and "student" in traced)
-    if source is None:
-        teacher_stages = _cut("teacher", teacher_layers, stages, cuts.get("teacher"), traced.get("teacher"))
-    else:
-        if isinstance(balance, Mapping) and "teacher" in balance:
-            raise ValueError(
-                "balance has cuts for the teacher, but a momentum teacher follows the student's cuts, so that its "
-                "update needs no message. Give cuts for the student alone."
-            )
-        teacher_stages = _follow(student_stages, student, teacher_layers, source)
-    networks = {"student": student, "teacher": teacher}
-    entered = frozenset(name for name, network in networks.items() if not _is_plain(network))
-    result = Partition(student_stages, teacher_stages, traced, entered)
-    _refuse_shared(result)
-    return result
+def chosen(
+    layers: Layers, stages: int, cuts: Mapping[str, Sequence[int]]
+) -> tuple[Sequence[int], Sequence[int] | None]:
+    """The user's cuts, completed by parameters; cuts of a network with taps mean nothing on one stage."""
+    cuts = {name: sizes for name, sizes in cuts.items() if name not in layers.taps}
+    for name in ("student", "teacher"):
+        if name in cuts:
+            _check_sizes(name, getattr(layers, name), stages, cuts[name])
+    if "student" in cuts and (layers.source is not None or "teacher" in cuts):
+        return cuts["student"], cuts.get("teacher")
+    student, teacher = layers.by_parameters(stages)
+    return cuts.get("student", student), cuts.get("teacher", teacher)
 
 
 def _needs_following(network: nn.Module, plain: list[Layer], stages: int, sizes: Sequence[int] | None) -> bool:
@@ -238,88 +235,54 @@ def _traced_layers(traced: Traced) -> list[Layer]:
     return result
 
 
-def _explicit_cuts(balance: Balance) -> dict[str, Sequence[int]]:
+def explicit_cuts(balance: Balance, follows: bool = False) -> dict[str, Sequence[int]]:
+    """The cuts that a balance gives, by network; none for a word.
+
+    Raises:
+        ValueError: an unknown word or key, or cuts for a teacher that follows the student.
+    """
     if isinstance(balance, str):
         if balance not in BALANCES:
             raise ValueError(
                 f"balance={balance!r} is unknown: choose from {', '.join(map(repr, BALANCES))}, or give the numbers of "
-                'layers of the stages, such as {"student": [2, 3], "teacher": [4, 4]}.'
+                'layers of the stages, such as {"student": [2, 3], "teacher": [4, 4]}, or the path of a saved plan '
+                "that ends with .json."
             )
         return {}
-    if isinstance(balance, Mapping):
-        if unknown := set(balance) - {"student", "teacher"}:
-            raise ValueError(f"balance has the keys {sorted(unknown)}: only 'student' and 'teacher' have a meaning")
-        return dict(balance)
-    return {"student": balance, "teacher": balance}
+    if not isinstance(balance, Mapping):
+        return {"student": balance} if follows else {"student": balance, "teacher": balance}
+    if unknown := set(balance) - {"student", "teacher"}:
+        raise ValueError(f"balance has the keys {sorted(unknown)}: only 'student' and 'teacher' have a meaning")
+    if follows and "teacher" in balance:
+        raise ValueError(
+            "balance has cuts for the teacher, but a momentum teacher follows the student's cuts, so that its "
+            "update needs no message. Give cuts for the student alone."
+        )
+    return dict(balance)
 
 
-def _cut(
-    network: str, layers: list[Layer], stages: int, sizes: Sequence[int] | None, traced: Traced | None = None
-) -> tuple[tuple[Layer, ...], ...]:
+def _check_count(network: str, layers: list[Layer], stages: int) -> None:
     if stages > len(layers):
         raise ValueError(
             f"The {network} has {len(layers)} layer(s) for {stages} stages. Use fewer devices, or a network of more "
             "layers (what a layer is: docs/models.md)."
         )
-    if sizes is None:
-        alive = [] if traced is None else traced.alive
-        sizes = balance_by_cost([layer.num_parameters for layer in layers], stages, alive)
-    elif len(sizes) != stages or sum(sizes) != len(layers) or min(sizes) < 1:
+
+
+def _check_sizes(network: str, layers: list[Layer], stages: int, sizes: Sequence[int]) -> None:
+    _check_count(network, layers, stages)
+    if len(sizes) != stages or sum(sizes) != len(layers) or min(sizes) < 1:
         raise ValueError(
             f"balance gives the {network} {list(sizes)} layers: {len(sizes)} stage(s) with {sum(sizes)} layers in all, "
             f"but there are {stages} stages and {len(layers)} layers. Give {stages} numbers of at least 1 that add up "
             f"to {len(layers)}."
         )
+
+
+def _cut(network: str, layers: list[Layer], stages: int, sizes: Sequence[int]) -> tuple[tuple[Layer, ...], ...]:
+    _check_sizes(network, layers, stages, sizes)
     starts = [sum(sizes[:stage]) for stage in range(stages)]
     return tuple(tuple(layers[start : start + size]) for start, size in zip(starts, sizes, strict=True))
-
-
-def balance_by_cost(costs: Sequence[float], stages: int, alive: Sequence[float] = ()) -> list[int]:
-    """Numbers of layers per stage such that the most expensive stage is as cheap as possible.
-
-    Exact, by dynamic programming over prefixes; among equals the one with the smallest sum of squares. With `alive` the
-    most expensive stage may cost 5 % more if less travels between the stages for that.
-
-    Args:
-        costs: one non-negative number per layer.
-        stages: at most ``len(costs)``.
-        alive: what travels if a stage begins at a layer.
-    """
-    sizes = _cheapest(costs, stages, None, alive)
-    if not alive:
-        return sizes
-    ends = list(itertools.accumulate(sizes, initial=0))
-    return _cheapest(costs, stages, SLACK * max(sum(costs[a:b]) for a, b in itertools.pairwise(ends)), alive)
-
-
-def _cheapest(costs: Sequence[float], stages: int, bound: float | None, alive: Sequence[float]) -> list[int]:
-    """The cut with the smallest largest stage; with a bound, the one below it where the least travels."""
-    count = len(costs)
-    prefix = list(itertools.accumulate(costs, initial=0.0))
-    # (stages, layers) -> (objective, sum of squares as tie-break, layers of the last stage)
-    best = {(0, 0): (0.0, 0.0, 0)}
-    for stage in range(1, stages + 1):
-        for end in range(stage, count - (stages - stage) + 1):
-            found = None
-            for start in range(end - 1, stage - 2, -1):
-                mine = prefix[end] - prefix[start]
-                if bound is not None and mine > bound:
-                    break  # and more layers cost more
-                if bound is None and found is not None and mine > found[0]:
-                    break
-                if (stage - 1, start) in best:
-                    before, squares, _ = best[stage - 1, start]
-                    now = max(before, mine) if bound is None else before + (alive[start] if start else 0)
-                    option = now, squares + mine * mine, end - start
-                    found = option if found is None else min(found, option)
-            if found is not None:
-                best[stage, end] = found
-    sizes: list[int] = []
-    end = count
-    for stage in range(stages, 0, -1):
-        sizes.insert(0, best[stage, end][2])
-        end -= sizes[0]
-    return sizes
 
 
 def _follow(

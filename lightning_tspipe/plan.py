@@ -8,21 +8,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 
+from lightning_tspipe.layers import Layer
 from lightning_tspipe.orders import ORDERS, Found, find_schedule, minimal_microbatches
-from lightning_tspipe.partition import Layer, Partition
+from lightning_tspipe.partition import Partition
 from lightning_tspipe.schedule import Costs, LossOver, Schedule
 from lightning_tspipe.simulate import ReplayError, replay
 
 SCHEDULES = ORDERS
 
 
-def estimate_costs(partition: Partition) -> Costs:
-    """Relative costs from parameter counts, for want of measured ones: a backward is two forwards."""
+def estimate_costs(partition: Partition, recompute: bool = False) -> Costs:
+    """Relative costs from parameter counts, for want of measured ones: a backward is two forwards, or three."""
     student = [1 + _parameters(layers) for layers in partition.student]
     teacher = [1 + _parameters(layers) if layers else 0 for layers in partition.teacher]
     unit = sum(student) / len(student)
     forward = tuple(count / unit for count in student)
-    return Costs(t=tuple(count / unit for count in teacher), f=forward, b=forward, w=forward)
+    backward = tuple(2 * cost for cost in forward) if recompute else forward  # the forward again, then the inputs
+    return Costs(t=tuple(count / unit for count in teacher), f=forward, b=backward, w=forward)
 
 
 def check_plan_arguments(microbatches: int | str, schedule: str) -> None:

@@ -7,7 +7,7 @@ function and every call of a layer is recorded. A recording holds for one mode a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from lightning_tspipe import tree
+from lightning_tspipe.taps import Tapped
 
 EXTRA_STATE = "_extra_state"
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -75,7 +76,7 @@ class Recording:
         constants: tensors that are neither, such as plain attributes of a module.
         storages: for each value, which memory it is in; equal numbers are views of each other.
         sizes: bytes of each value.
-        outputs, structure: what the forward returns.
+        outputs, structure: what the forward returns, as `Tapped` if the network has taps.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -108,12 +109,15 @@ class Recorder:
     Args:
         network: the network, whose parameters may be on any device, also on `meta`.
         device: where it is going to run.
+        taps: names of the submodules whose results belong to what it gives.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
-        self.network, self.device = network, device
+    def __init__(self, network: nn.Module, device: torch.device, taps: Sequence[str] = ()) -> None:
+        self.network, self.device, self.taps = network, device, tuple(taps)
         self.names = {id(module): name for name, module in network.named_modules()}
         self.modules = dict(network.named_modules(remove_duplicate=False))
+        self.tapped = {id(self.modules[name]) for name in self.taps}
+        self.called: set[str] = set()  # taps that some recording has
         self.whole: set[str] = set()  # layers by decision
         self.shapes: dict[str, Callable[[list[Tensor]], Any]] = {}  # what layers return that run on no fake tensor
         self._own_forward = {name for name, module in self.modules.items() if "forward" in vars(module)}
@@ -132,6 +136,7 @@ class Recorder:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),  # for layers that have gone through torch.compile
             _Fake(allow_non_fake_inputs=True),
             _silent(logging.getLogger(FakeTensorMode.__module__)),
             self._without_memory() as known,
@@ -148,6 +153,8 @@ class Recorder:
         name = self.names[id(module)]
         if name in self.whole or name in self._own_forward or has_hooks(module) or hasattr(module, "parametrizations"):
             return True
+        if is_compiled(module):
+            return True
         if next(module.children(), None) is None:
             return id(module) not in self._tied  # of a tied parameter there is one, which travels between stages
         return type(module).__module__.startswith("torch.nn.") and not isinstance(module, CONTAINERS)
@@ -158,8 +165,7 @@ class Recorder:
         fakes: dict[int, Tensor] = {}
         known: dict[int, str] = {}
         modules = list(self.network.modules())
-        kept = [(dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]  # noqa: SLF001
-        try:
+        with unchanged(modules):
             for module in modules:
                 name = self.names[id(module)]
                 if name not in self._own_forward:
@@ -178,13 +184,6 @@ class Recorder:
                 for value in vars(module)["_buffers"].values():
                     if value is not None and id(value) not in known and not self.is_layer(module):
                         raise NotFollowed(self.names[id(module)])  # it assigns a new buffer: nobody else must
-        finally:
-            for module, (state, parameters, buffers) in zip(modules, kept, strict=True):
-                vars(module).clear()
-                vars(module).update(state)
-                for place, old in ((state["_parameters"], parameters), (state["_buffers"], buffers)):
-                    place.clear()
-                    place.update(old)
 
 
 class _Follower(TorchFunctionMode):
@@ -199,6 +198,7 @@ class _Follower(TorchFunctionMode):
         self._begins: str | None = None
         self._device_type = recorder.device.type
         self._entry = torch.is_autocast_enabled(self._device_type)
+        self._noted: dict[int, Any] = {}  # what tapped submodules returned
         self._recording = Recording()
         self._recording.inputs = tuple(self._new(tensor) for tensor in inputs)
 
@@ -218,7 +218,10 @@ class _Follower(TorchFunctionMode):
             name = self._recorder.names.get(id(module))
             if self._within or name is None:
                 return original(module, *args, **kwargs)
-            return self._call(name, module, original, args, kwargs)
+            result = self._call(name, module, original, args, kwargs)
+            if id(module) in self._recorder.tapped:
+                self._noted[id(module)] = result
+            return result
 
         nn.Module.__call__ = call  # type: ignore[method-assign]
         try:
@@ -272,6 +275,11 @@ class _Follower(TorchFunctionMode):
 
     def finish(self, output: Any) -> Recording:
         """The recording, with what the forward returned."""
+        if names := self._recorder.taps:
+            ids = {name: id(self._recorder.modules[name]) for name in names}
+            found = {name: self._noted[key] for name, key in ids.items() if key in self._noted}
+            self._recorder.called.update(found)
+            output = Tapped(output, found)
         leaves, self._recording.structure = tree.flatten(output)
         self._recording.outputs = tuple(self._value(leaf) for leaf in leaves)
         return self._recording
@@ -312,10 +320,34 @@ def _fake(tensor: Tensor, device: torch.device) -> Tensor:
     return nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
 
 
+@contextmanager
+def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back the attributes of modules, and which parameters and buffers they have."""
+    # what those attributes hold that are dicts too: parameters, buffers, hooks that transformers adds in a forward
+    kept = [(m, dict(vars(m)), [(d, dict(d)) for d in vars(m).values() if isinstance(d, dict)]) for m in modules]
+    try:
+        yield
+    finally:
+        for module, state, contents in kept:
+            vars(module).clear()
+            vars(module).update(state)
+            for place, old in contents:
+                place.clear()
+                place.update(old)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has forward or backward hooks of its own (torch has no public name for them)."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name) for name in names)
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether a module has gone through torch.compile: as a wrapper around it, or in place (`nn.Module.compile`).
+
+    Torch has no public name for either.
+    """
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def has_extra_state(module: nn.Module) -> bool:

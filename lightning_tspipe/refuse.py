@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,8 +19,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_tspipe import _lightning
 from lightning_tspipe.memory import RELEASED, state_of, without_values
 from lightning_tspipe.module import TeacherStudentModule
-from lightning_tspipe.partition import BALANCES
-from lightning_tspipe.recording import tensors_of
+from lightning_tspipe.recording import is_compiled, tensors_of
 
 _AVERAGES = "it averages the whole model, which no rank holds. Average the saved checkpoints instead"
 _FINETUNES = "it adds parameter groups while training. Give all groups in configure_optimizers"
@@ -42,13 +45,18 @@ SEVERAL_OPTIMIZERS = (
 
 
 def check_strategy_arguments(
-    stages: object, balance: object, start_method: str, backend: str | None, state_dict_type: str
+    stages: object,
+    max_memory: object,
+    start_method: str,
+    backend: str | None,
+    state_dict_type: str,
+    recompute: object,
 ) -> None:
     """Raises ValueError for a constructor argument of the strategy that can never work."""
     if stages != "auto" and (not isinstance(stages, int) or stages < 1):
         raise ValueError(f'stages={stages!r}: give a number of at least 1, or "auto"')
-    if isinstance(balance, str) and balance not in BALANCES:
-        raise ValueError(f"balance={balance!r} is unknown: choose from {', '.join(map(repr, BALANCES))}, or give cuts")
+    if max_memory is not None and (not isinstance(max_memory, int) or max_memory < 1):
+        raise ValueError(f"max_memory={max_memory!r}: give a number of bytes per rank, or None")
     for name, value, choices in (
         ("start_method", start_method, ("popen", "spawn", "fork", "forkserver")),
         ("process_group_backend", backend, (None, "nccl", "gloo")),
@@ -56,6 +64,51 @@ def check_strategy_arguments(
     ):
         if value not in choices:
             raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(map(repr, choices))}")
+    if not isinstance(recompute, bool):
+        raise ValueError(f"recompute={recompute!r}: give True or False")
+
+
+def check_compile_arguments(compile: object, recompute: bool) -> dict[str, Any] | None:
+    """What the strategy's `compile` means: keyword arguments of torch.compile, or None.
+
+    Raises:
+        ValueError: it means nothing, or would meet with recomputation.
+    """
+    if recompute and compile is not False:
+        raise ValueError(
+            "recompute=True and compile cannot go together: a compiled stage saves other tensors than the one that "
+            "runs again. Choose one of them; torch.compile itself recomputes what costs little."
+        )
+    if isinstance(compile, bool):
+        return {} if compile else None
+    known = [name for name in inspect.signature(torch.compile).parameters if name != "model"]
+    if not isinstance(compile, Mapping) or not set(compile) <= set(known):
+        raise ValueError(
+            f"compile={compile!r}: give True, False, or a dict of arguments of torch.compile: {', '.join(known)}"
+        )
+    return dict(compile)
+
+
+def check_compile(options: Mapping[str, Any] | None, schedule: str, device: torch.device) -> None:
+    """Warn, on rank 0, where a compiled stage cannot do what the schedule wants.
+
+    Raises:
+        MisconfigurationException: torch.compile lacks what it needs.
+    """
+    if options is None or options.get("disable"):
+        return
+    backend = options.get("backend") or "inductor"
+    compilers = [os.environ.get("CXX", "g++"), "clang++", "cl"]
+    if backend == "inductor" and device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise MisconfigurationException(
+            "compile=True needs a C++ compiler on CPU, and there is none: install g++, or name one by the environment "
+            'variable CXX, or use compile={"backend": "aot_eager"}, which needs none, or compile=False.'
+        )
+    if schedule in ("afab-split", "zb") and backend != "eager":
+        rank_zero_warn(
+            f"schedule={schedule!r} splits the backward, but that of a compiled stage is one piece: it runs with the "
+            "inputs' part, or on the first stage with the weights' part. Use compile=False, or schedule='auto'."
+        )
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, devices: int, stages: int | str) -> None:
@@ -162,6 +215,10 @@ def _reasons(trainer: pl.Trainer, module: pl.LightningModule, devices: int, stag
     plugin = type(trainer.precision_plugin).__name__
     if plugin in ("TransformerEnginePrecision", "BitsandbytesPrecision"):
         yield f"{plugin} replaces layers by ones that need all ranks together. Use precision='bf16-mixed' or '32-true'"
+    for name in ("student", "teacher"):
+        if is_compiled(getattr(module, name, None)):
+            yield (f"self.{name} has gone through torch.compile, and a stage cannot run a part of that. Assign the "
+                   "network itself, and use TSPipeStrategy(compile=True), which compiles stage by stage")  # fmt: skip
     if any(isinstance(child, torch.nn.SyncBatchNorm) for child in module.modules()):
         yield (
             "SyncBatchNorm layers: batch norm statistics are per microbatch and deferred. Use BatchNorm, and "

@@ -271,7 +271,10 @@ class Runtime:
     def _trained(self, batch: Batch) -> None:
         """All gradients of one more microbatch are there."""
         self._gradients_done += 1
-        if self._gradients_done == batch.info.microbatches and self._updates and self._replicas is not None:
+        if self._gradients_done < batch.info.microbatches:
+            return
+        self._loss.drop_zeros()
+        if self._updates and self._replicas is not None:
             self._replicas.start(self._parameters, self._hooks.asked())
 
     def _differentiate(self, batch: Batch, q: int, run: Callable[[Any, Any], list[Tensor]]) -> None:
@@ -280,7 +283,7 @@ class Runtime:
             start = time.perf_counter()
             gradients = self._loss.gradients(batch, q)
         else:
-            self._loss.take_report(batch)
+            self._loss.take_report(batch, q)
             gradients = self._take("B")
             start = time.perf_counter()
         self._out = run(work, gradients)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -17,7 +20,7 @@ from lightning_tspipe.checkpoint import KEY, Generators, Groups, Shards, by_name
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.files import AtomicCheckpointIO
 from lightning_tspipe.fitting import Fitting
-from lightning_tspipe.memory import lend
+from lightning_tspipe.memory import lend, without_memory
 from lightning_tspipe.processes import ProcessStrategy
 from lightning_tspipe.recording import tensors_of
 
@@ -31,6 +34,7 @@ class CheckpointStrategy(ProcessStrategy):
     _shards: Shards | None = None
     _fitting: Fitting | None = None
     _seed = 0
+    _chosen: int | None = None  # microbatches per batch
     _state_dict_type: Literal["full", "sharded"] = "full"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -92,7 +96,7 @@ class CheckpointStrategy(ProcessStrategy):
             log.warning("%s is not saved: every rank has its own stage only, and one is lost", filepath)
             return
         if "optimizer_states" in checkpoint:
-            checkpoint[KEY] = {"seed": self._seed, **self._random_states()}
+            checkpoint[KEY] = {"seed": self._seed, "microbatches": self._chosen, **self._random_states()}
         path = Path(filepath)
         if not self._is_sharded:
             if self.is_global_zero and sharded.is_sharded(path):
@@ -125,6 +129,17 @@ class CheckpointStrategy(ProcessStrategy):
         # before the set-up nobody knows which part of the file this rank needs
         with lend(tensors_of(self.lightning_module).values() if self._shards is None else ()):
             super().load_model_state_dict(checkpoint, strict)
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """As in FSDPStrategy: values come in `setup`. Unasked, what `configure_model` builds has none before either."""
+        module = self.lightning_module
+        configures = module is not None and module.trainer.state.status == TrainerStatus.RUNNING
+        empty = configures if empty_init is None else empty_init
+        memory = without_memory(pl.LightningModule) if empty else nullcontext()
+        with memory, self.precision_plugin.tensor_init_context():
+            yield
 
     @property
     def _is_sharded(self) -> bool:

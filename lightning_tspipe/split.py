@@ -9,7 +9,8 @@ itself leaves out what is not asked for, so each part computes its own half of a
 
 Only the nodes that cost much for their weights are put off. The parameters of all others (norms, scales, embeddings),
 those that several nodes use, and those of autograd functions written in Python, which cannot leave anything out, get
-their gradients in the first part.
+their gradients in the first part. Where torch.compile has made a part of the graph, nothing is put off: that part is
+one node, and it may refuse to keep what the second part would need.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 # nodes whose weight gradients cost about as much as those of their inputs
 HEAVY = frozenset({"AddmmBackward0", "MmBackward0", "BmmBackward0", "BaddbmmBackward0", "ConvolutionBackward0"})
+COMPILED = "CompiledFunctionBackward"  # the node of what torch.compile has made
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,11 @@ class _Graph:
                     found.append((node, parameters))
         found += [(root, self._parameters([root])) for root in self._roots if not self._leads[root]]
         uses = Counter(id(parameter) for _, parameters in found for parameter in parameters)
+        splits = all(node.name() != COMPILED for node in self._next)
         junctions, now = [], {}
         for node, parameters in found:
             alone = all(uses[id(parameter)] == 1 for parameter in parameters)
-            if alone and node.name() in HEAVY and self._leads[node]:
+            if splits and alone and node.name() in HEAVY and self._leads[node]:
                 junctions.append(_Junction(node, [], parameters))
             else:
                 now.update({id(parameter): parameter for parameter in parameters})

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_tspipe import split, tree
 from lightning_tspipe.arguments import Call
 from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint
-from lightning_tspipe.partition import Entry, Layer
+from lightning_tspipe.layers import Entry, Layer
+from lightning_tspipe.reach import reach
+from lightning_tspipe.steps import Options, call_all, chain
+from lightning_tspipe.taps import Tapped
 from lightning_tspipe.trace import Carried, Segment
 
 Network = Literal["student", "teacher"]
@@ -24,6 +31,7 @@ Work = tuple[int, int]  # batch, microbatch
 class _Saved:
     inputs: list[Tensor]
     outputs: list[Tensor]
+    views: list[Any] | None  # what the forward was given, if it has to run again
 
 
 class Stage:
@@ -34,8 +42,10 @@ class Stage:
         index: which stage this is.
         first: whether the inputs are the batch itself, which needs no gradient.
         device: where the layers are.
-        seed: base of the random numbers of dropout and the like: they depend on (seed, batch, microbatch, stage) only.
+        seed: base of the random numbers of dropout and the like: they depend on (seed, batch, microbatch, layer) only.
         joint: over what replicas batch norms take their statistics (`DeferredBatchNorm`).
+        recompute: whether a student's forward keeps its inputs only, and runs again in the backward.
+        compile_options: keyword arguments of torch.compile, which the layers then go through; None leaves them alone.
     """
 
     def __init__(
@@ -47,6 +57,8 @@ class Stage:
         device: torch.device,
         seed: int,
         joint: Joint | None = None,
+        recompute: bool = False,
+        compile_options: Options | None = None,
     ) -> None:
         self._layers: dict[Network, list[nn.Module]] = {
             "student": [layer.module for layer in student],
@@ -63,6 +75,14 @@ class Stage:
         self.norms: dict[Network, DeferredBatchNorm] = {
             network: DeferredBatchNorm(layers, joint) for network, layers in self._layers.items()
         }
+        self._recompute = recompute
+        self._checked = False  # that no layer of the student changes its buffers
+        self._current: tuple[int, ...] = ()  # what the random numbers depend on
+        names = {"student": [layer.name for layer in student], "teacher": [layer.name for layer in teacher]}
+        self._chains = {
+            network: _chain(layers, names[network], compile_options, self._begin_layer)
+            for network, layers in self._layers.items()
+        }
 
     def close(self) -> None:
         """Give the layers back as they were."""
@@ -73,13 +93,13 @@ class Stage:
         self._weights.clear()
 
     def run(self, network: Network, inputs: Any) -> Any:
-        """One forward outside of training: the whole batch, no microbatches, no gradient kept."""
-        for layer in self._layers[network]:
-            if isinstance(inputs, Call) and not isinstance(layer, Entry | Segment):
-                inputs = layer(*inputs.args, **inputs.kwargs)
-            else:
-                inputs = layer(inputs)
-        return inputs
+        """One forward outside of training: the whole batch, no microbatches, no gradient kept, no taps."""
+        layers = self._layers[network]
+        if not isinstance(inputs, Call) or not layers or isinstance(layers[0], Entry | Segment):
+            output = self._chains[network](inputs)
+        else:
+            output = call_all(layers[1:], layers[0](*inputs.args, **inputs.kwargs))  # outside of work, not seeded
+        return output.value if isinstance(output, Tapped) else output
 
     @torch.no_grad()
     def teacher_forward(self, work: Work, views: list[Any]) -> list[Any]:
@@ -95,17 +115,21 @@ class Stage:
         leaves, structure = tree.flatten(views)
         if not self._first:
             leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
+        views = tree.unflatten(leaves, structure)
         with torch.enable_grad():
-            outputs = self._forward("student", work, tree.unflatten(leaves, structure))
+            outputs = self._forward("student", work, views)
         results, structure = tree.flatten(outputs)
-        self._saved[work] = _Saved(
-            [] if self._first else differentiable(leaves), [out for out in results if out.is_floating_point()]
-        )
+        inputs = [] if self._first else differentiable(leaves)
+        self._saved[work] = _Saved(inputs, differentiable(results), views if self._recompute else None)
         return list(tree.unflatten([out.detach() for out in results], structure))
 
     def needs_gradient(self, work: Work) -> list[bool]:
         """For each floating point output of a microbatch: whether a parameter or an input of this stage made it."""
         return [output.requires_grad for output in self._saved[work].outputs]
+
+    def reach(self, work: Work, reached: Sequence[bool]) -> tuple[list[bool], list[Tensor]]:
+        """`reach.reach` of a microbatch's graph, before its backward."""
+        return reach(self._saved[work].outputs, self._saved[work].inputs, reached)
 
     def backward(self, work: Work, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Run the full backward of one microbatch; parameter gradients add up in ``.grad``.
@@ -124,18 +148,31 @@ class Stage:
 
     def backward_inputs(self, work: Work, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """The first part of `backward`, with the same arguments and results; `backward_weights` does the rest."""
-        saved, outputs, given = self._take(work, gradients)
+        saved, outputs, given = self._take(work, gradients, in_parts=not self._first)
         if outputs:
             self._weights[work] = split.backward_inputs(outputs, given, saved.inputs)
         return _gradients(saved.inputs)
 
-    def _take(self, work: Work, gradients: Sequence[Tensor | None]) -> tuple[_Saved, list[Tensor], list[Tensor]]:
-        """What a forward has saved, its outputs that get a gradient, and those gradients; seeds the generator again."""
+    def _take(
+        self, work: Work, gradients: Sequence[Tensor | None], in_parts: bool = False
+    ) -> tuple[_Saved, list[Tensor], list[Tensor]]:
+        """What a forward has saved, its outputs that get a gradient, and those gradients; seeds the generator again.
+
+        A checkpoint runs again for every call of autograd. A backward in parts makes many of them, so for it the
+        forward runs here, once, and keeps what all parts need.
+        """
         saved = self._saved.pop(work)
-        pairs = [(o, g) for o, g in zip(saved.outputs, gradients, strict=True) if o.requires_grad and g is not None]
+        outputs = saved.outputs
+        pairs = [(index, given) for index, given in enumerate(gradients) if given is not None]
+        pairs = [(index, given) for index, given in pairs if outputs[index].requires_grad]
         if pairs:
             self._seed_for("student", work)
-        return saved, [output for output, _ in pairs], [gradient for _, gradient in pairs]
+        if pairs and in_parts and saved.views is not None:
+            with torch.enable_grad(), self.norms["student"].unseen():
+                again = [self._pass("student", view) for view in saved.views]
+            outputs = differentiable(tree.flatten(again)[0])
+            self._seed_for("student", work)
+        return saved, [outputs[index] for index, _ in pairs], [given for _, given in pairs]
 
     def backward_weights(self, work: Work) -> None:
         """What `backward_inputs` has put off."""
@@ -144,18 +181,50 @@ class Stage:
             rest()
 
     def _forward(self, network: Network, work: Work, views: list[Any]) -> list[Any]:
-        layers = self._layers[network]
         outputs: list[Any] = []
         self._seed_for(network, work)
+        run = self._checkpoint if self._recompute and network == "student" else partial(self._pass, network)
         for view, inputs in enumerate(views):
             self.norms[network].slot = (work[0], view)
-            # an in-place first layer would write into a tensor that others still need
-            output = tree.map_tensors(inputs, torch.clone) if layers and _in_place(layers[0]) else inputs
-            for layer in layers:
-                output = layer(output)
+            output = run(inputs)
             outputs.append(output)
             self._check_structure(network, view, output)
         return outputs
+
+    def _pass(self, network: Network, inputs: Any) -> Any:
+        """All layers, one after the other, on one view."""
+        layers = self._layers[network]
+        # an in-place first layer would write into a tensor that others still need
+        own = tree.map_tensors(inputs, torch.clone) if layers and writes_in_place(layers[0]) else inputs
+        return self._chains[network](own)
+
+    def _checkpoint(self, inputs: Any) -> Any:
+        """The student's pass, which keeps its inputs only; torch runs it again in the backward, with equal numbers."""
+        leaves, structure = tree.flatten(inputs)
+        before = None if self._checked else _buffers(self._layers["student"])
+        again = False
+
+        def run(*leaves: Tensor) -> Any:
+            nonlocal again
+            with self.norms["student"].unseen() if again else nullcontext():
+                again = True
+                return self._pass("student", tree.unflatten(leaves, structure))
+
+        output = checkpoint(run, *leaves, use_reentrant=False)
+        if before is not None:
+            self._refuse_changed(before)
+            self._checked = True
+        return output
+
+    def _refuse_changed(self, before: dict[tuple[nn.Module, str], Tensor]) -> None:
+        for (module, name), buffer in _buffers(self._layers["student"]).items():
+            old = before.get((module, name), buffer)
+            if old.shape != buffer.shape or not bool(((old == buffer) | ((old != old) & (buffer != buffer))).all()):
+                raise ValueError(
+                    f"recompute=True runs the student's layers twice, but a {type(module).__name__} of stage "
+                    f"{self._index} changes its buffer {name!r} in its forward, which would then count twice. Use "
+                    "recompute=False, or a layer that changes no buffer."
+                )
 
     def _check_structure(self, network: Network, view: int, output: Any) -> None:
         if isinstance(output, Carried):
@@ -173,14 +242,36 @@ class Stage:
         """Random numbers of their own for this work, so that neither order nor lookahead nor recomputation shows."""
         if self._outside is None:
             self._outside = self._generator.get_state()
-        name = 0 if network == "student" else 1
-        self._generator.manual_seed(hash((self._seed, name, *work, self._index)) & (2**62 - 1))
+        self._current = (self._seed, 0 if network == "student" else 1, *work)
+        self._generator.manual_seed(hash((*self._current, self._index)) & (2**62 - 1))
+
+    def _begin_layer(self, name: str) -> None:
+        """Each layer has its own random numbers within a work, so that they do not depend on where the cuts are."""
+        if self._outside is not None:
+            self._generator.manual_seed(hash((*self._current, zlib.crc32(name.encode()))) & (2**62 - 1))
 
     def leave(self) -> None:
         """Put the generator back to where it was before this stage's work; called before other code runs."""
         if self._outside is not None:
             self._generator.set_state(self._outside)
             self._outside = None
+
+
+def _chain(
+    layers: Sequence[nn.Module], names: Sequence[str], options: Options | None, begin: Callable[[str], None]
+) -> Callable[[Any], Any]:
+    """What calls the layers; a segment has torch.compile work on what it has recorded, not on itself."""
+    if not layers or not isinstance(layers[0], Segment):
+        return chain(layers, names, options, begin)
+    layers[0].compile_with(options)
+    layers[0].tell(begin)
+    return layers[0]
+
+
+def _buffers(layers: Sequence[nn.Module]) -> dict[tuple[nn.Module, str], Tensor]:
+    """Copies of all buffers."""
+    modules = (module for layer in layers for module in layer.modules())
+    return {(m, name): buffer.detach().clone() for m in modules for name, buffer in m.named_buffers(recurse=False)}
 
 
 def _gradients(leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -192,6 +283,7 @@ def differentiable(leaves: Sequence[Tensor]) -> list[Tensor]:
     return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
-def _in_place(layer: nn.Module) -> bool:
+def writes_in_place(layer: nn.Module) -> bool:
+    """Whether a layer may write into its input."""
     first: Callable[[], Any] = lambda: next(layer.children(), None)  # noqa: E731
     return bool(getattr(layer, "inplace", False)) or bool(getattr(first(), "inplace", False))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import signal
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,27 +18,29 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tspipe import _lightning, _metrics
+from lightning_tspipe.arranging import Arrangement, read_balance
 from lightning_tspipe.board import let_go
 from lightning_tspipe.checkpoint import Shards
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.errors import PipelineError
 from lightning_tspipe.evaluating import WholeForward
-from lightning_tspipe.example import Examples
 from lightning_tspipe.feed import SharedLoader, SilentLoader
 from lightning_tspipe.fitting import Fitting
-from lightning_tspipe.memory import without_memory
 from lightning_tspipe.module import TeacherStudentModule
-from lightning_tspipe.partition import Balance, Partition, partition
-from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
+from lightning_tspipe.partition import Balance, Partition
+from lightning_tspipe.placement import Placement
+from lightning_tspipe.plan import check_plan_arguments
 from lightning_tspipe.refuse import (
     SEVERAL_OPTIMIZERS,
+    check_compile,
+    check_compile_arguments,
     check_optimizers,
     check_strategy_arguments,
     check_trainer,
@@ -63,14 +66,19 @@ class TSPipeStrategy(CheckpointStrategy):
         microbatches: per batch; "auto" takes the fewest that let the teacher fill the bubbles.
         schedule: the order of the work; "auto", "afab" (all forwards, then all backwards), "1f1b", or "afab-split" and
             "zb", the same two with the backward split into inputs and weights.
-        balance: "auto" or "parameters", the numbers of layers of the stages, or a dict of these (`partition`).
+        balance: "auto" (measured), "parameters", the numbers of layers of the stages, a dict of these (`partition`), or
+            the path of a plan that `placement.save` has written.
+        max_memory: bytes that a rank's weights, gradients, optimizer state and activations may take, which bounds what
+            "auto" finds; None: nine tenths of a GPU's memory, any number of bytes on the host.
         start_method: "popen", "spawn", "fork" or "forkserver", as in DDPStrategy.
         process_group_backend: "nccl" or "gloo"; None takes nccl on GPUs and gloo elsewhere.
         timeout: how long one message may take.
         state_dict_type: of checkpoints: "full" is one file, "sharded" a folder to which each rank writes its own part.
+        recompute: whether a student stage keeps its inputs only, and runs again in the backward.
+        compile: whether each stage goes through torch.compile, or the arguments for that.
 
     Raises:
-        ValueError: microbatches or schedule is unknown.
+        ValueError: an argument is not among what is listed above.
     """
 
     strategy_name = "tspipe"
@@ -80,11 +88,14 @@ class TSPipeStrategy(CheckpointStrategy):
         stages: int | Literal["auto"] = "auto",
         microbatches: int | Literal["auto"] = "auto",
         schedule: str = "auto",
-        balance: Balance = "auto",
+        balance: Balance | Path = "auto",
+        max_memory: int | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         state_dict_type: Literal["full", "sharded"] = "full",
+        recompute: bool = False,
+        compile: bool | dict[str, Any] = False,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -93,14 +104,17 @@ class TSPipeStrategy(CheckpointStrategy):
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         check_plan_arguments(microbatches, schedule)
-        check_strategy_arguments(stages, balance, start_method, process_group_backend, state_dict_type)
-        self._stages, self._microbatches, self._schedule, self._balance = stages, microbatches, schedule, balance
+        self._balance = read_balance(balance)
+        check_strategy_arguments(stages, max_memory, start_method, process_group_backend, state_dict_type, recompute)
+        self._recompute, self._compile = recompute, check_compile_arguments(compile, recompute)
+        self._stages, self._microbatches, self._schedule, self._max_memory = stages, microbatches, schedule, max_memory
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
         self._signals: _lightning.SignalLink | None = None
         self._heard: BaseException | None = None  # the exception that `on_exception` has handled
         self._state_dict_type = state_dict_type
         self._stage: Stage | None = None
         self._partition: Partition | None = None
+        self.placement: Placement | None = None  # which rank has which layers, and what they cost
         self._undo: list[Callable[[], None]] = []
 
     @classmethod
@@ -135,16 +149,6 @@ class TSPipeStrategy(CheckpointStrategy):
         assert isinstance(module, TeacherStudentModule)
         return module
 
-    @contextmanager
-    @override
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """As in FSDPStrategy: values come in `setup`. Unasked, what `configure_model` builds has none before either."""
-        module = self.lightning_module
-        configures = module is not None and module.trainer.state.status == TrainerStatus.RUNNING
-        empty = configures if empty_init is None else empty_init
-        with without_memory(pl.LightningModule) if empty else nullcontext(), self.precision_plugin.tensor_init_context():
-            yield
-
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None and self.lightning_module is not None
@@ -152,32 +156,36 @@ class TSPipeStrategy(CheckpointStrategy):
         topology = self._topology
         self._signals = _lightning.SignalLink(trainer, topology.world_size == 1, topology.replicas > 1)
         check_trainer(trainer, self.lightning_module, topology.world_size, self._stages)
-        module, stages = self._module, topology.stages
+        check_compile(self._compile, self._schedule, self.root_device)
+        module = self._module
         module.check_networks()
         check_values(module)
         self.model = self.precision_plugin.convert_module(module)
         module.train(module.training)  # gives the teacher its own mode
-        source = None if module.momentum is None else module.ema_source()
-        examples = Examples(trainer, module, self.broadcast)
-        networks = module.student, module.teacher
-        with _lightning.without_profiler_hooks(trainer):  # a Sequential with hooks is not cut
-            self._partition = parts = partition(*networks, stages, self._balance, source, examples.of, self.root_device)
         self._connect(topology)
+        arrangement = Arrangement(
+            trainer, module, topology, self._comm, self._balance, self._microbatches, self._max_memory, self.broadcast
+        )
+        self._partition, self.placement = arrangement.parts, arrangement.placement
+        parts = arrangement.parts
         self._shards = Shards(module, parts.owners(), topology.stage, self._comm, self._replicas)
         self._seed = self._resumed.get("seed", self.broadcast(torch.initial_seed()))
         self._shards.take_own(self._seed, followed(module))
         self.model_to_device()
         mine = parts.runs("student", topology.stage), parts.runs("teacher", topology.stage)
         joint = None if self._replicas is None or self._layer_sync is None else self._replicas.joint
-        seed = self._seed + topology.replica
-        self._stage = Stage(*mine, topology.stage, topology.stage == 0, self.root_device, seed, joint)
+        seed, device, first = self._seed + topology.replica, self.root_device, topology.stage == 0
+        options = self._compile
+        self._stage = Stage(*mine, topology.stage, first, device, seed, joint, self._recompute, options)
         self._patch(trainer, module)
         if trainer.state.fn == TrainerFn.FITTING:
             warn_of_low_momentum(module)
             self.setup_optimizers(trainer)
-            lookahead = module.momentum is None or module.teacher_delay != 0
             post_ahead = 0 if self._comm is None else self._comm.post_ahead
-            planner = Planner(estimate_costs(parts), lookahead, module.loss_over, self._schedule, post_ahead)
+            resumed = self._resumed.get("microbatches")  # a resumed run goes on with the number that it had
+            planner = arrangement.planner(self._schedule, self._recompute, post_ahead, resumed)
+            self._chosen = planner.microbatches if self._microbatches == "auto" else self._microbatches
+            self.placement = replace(self.placement, microbatches=self._chosen)
             self._fitting = Fitting(
                 trainer, module, self._stage, self._comm, planner, self._microbatches, topology,
                 self._shards.trained(), self._replicas, self._signals,

@@ -7,8 +7,7 @@ layer uses of earlier ones (residuals, skips, masks) travels with the microbatch
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from lightning_tspipe import tree
 from lightning_tspipe.arguments import arguments_of
 from lightning_tspipe.memory import swap
-from lightning_tspipe.recording import NotFollowed, Recorder, Recording, Signature, Step, extra_states_of, tensors_of
+from lightning_tspipe.recording import NotFollowed, Recorder, Recording, Signature, extra_states_of, tensors_of
+from lightning_tspipe.steps import Options, Steps
+from lightning_tspipe.taps import TapError, uncalled
 
 MOST_RECORDINGS = 64  # of one network that are kept
 
@@ -34,7 +35,7 @@ class _Plan(NamedTuple):
 
     inputs: tuple[int, ...]
     copied: frozenset[int]  # inputs that a step writes into
-    steps: list[tuple[Step, tuple[int, ...]]]  # with the values that nothing later uses
+    steps: Steps
     outputs: tuple[int, ...]
 
 
@@ -45,21 +46,29 @@ class Traced:
         network: the network.
         examples: inputs of it; shapes and types count, values do not.
         device: where it is going to run.
+        taps: names of submodules whose results are given with the output, as `Tapped`.
 
     Raises:
         ValueError: the forward cannot be followed; the text says what to do.
+        TapError: a tap is not seen.
     """
 
-    def __init__(self, network: nn.Module, examples: Sequence[Any], device: torch.device) -> None:
+    def __init__(
+        self, network: nn.Module, examples: Sequence[Any], device: torch.device, taps: Sequence[str] = ()
+    ) -> None:
         self.network, self._device = network, device
-        self._recorder = Recorder(network, device)
+        self._recorder = Recorder(network, device, taps)
         self._modules = list(network.modules())
         self._recordings: dict[Signature, Recording] = {}
         self._plans: dict[Signature, dict[tuple[int, int], _Plan]] = {}
         self._layer_of: dict[str, int] = {}  # by name of a parameter or buffer
+        self.options: Options | None = None  # how to compile what stages run, if at all
+        self.begins: Callable[[str], None] | None = None  # hears the name of each layer that is about to run
         first: dict[int, str] = {}
         self._alias = {name: first.setdefault(id(tensor), name) for name, tensor in tensors_of(network).items()}
         recordings = self._follow(examples)
+        for name in set(taps) - self._recorder.called:
+            raise TapError(uncalled(network, name, self._recorder.is_layer))
         order = _order(recordings)
         joined = [pair for recording in recordings for pair in self._joined(recording, order)]
         starts = [not any(low < place <= high for low, high in joined) for place in range(len(order))]
@@ -252,17 +261,17 @@ class Traced:
             inputs = recording.inputs if start == 0 else self._alive_at(start, made, last)
             outputs = recording.outputs if stop == len(self.names) else self._alive_at(stop, made, last)
             mine = [step for step, layer in zip(recording.steps, layers, strict=True) if start <= layer < stop]
-            kept, steps = set(outputs), []
-            for step in reversed(mine):
-                used = {*step.inputs, *step.outputs}
-                steps.append((step, tuple(used - kept)))
-                kept |= used
+            steps = Steps(mine, self._recorder.modules, outputs, self._device.type, self.options, self._begin)
             written = frozenset(value for step in mine for value in step.mutated)
-            plans[start, stop] = _Plan(inputs, written & set(inputs), steps[::-1], outputs)
+            plans[start, stop] = _Plan(inputs, written & set(inputs), steps, outputs)
         return recording, plans[start, stop]
 
     def _alive_at(self, layer: int, made: Mapping[int, int], last: Mapping[int, int]) -> tuple[int, ...]:
         return tuple(sorted(value for value in last if made[value] < layer <= last[value]))
+
+    def _begin(self, layer: str) -> None:
+        if self.begins is not None:
+            self.begins(layer)
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer as it is now."""
@@ -290,6 +299,14 @@ class Segment(nn.Module):
         self.parts = nn.ModuleList(traced.modules(start, stop))
         self._traced, self._start, self._stop = traced, start, stop
 
+    def compile_with(self, options: Options | None) -> None:
+        """Have torch.compile make what is called from now on for shapes and modes that are new."""
+        self._traced.options = options
+
+    def tell(self, begins: Callable[[str], None]) -> None:
+        """Let `begins` hear of each layer that is about to run, by name."""
+        self._traced.begins = begins
+
     def forward(self, value: Any) -> Any:
         """From the network's input, or what the stage before gave, to the network's output or what the next one takes.
 
@@ -312,18 +329,7 @@ class Segment(nn.Module):
                 values[number] = traced.tensor(recording.named[number])
             return values[number]
 
-        for step, dead in plan.steps:
-            args, kwargs = tree.unflatten([get(number) for number in step.inputs], step.structure)
-            target = traced.module(step.target) if isinstance(step.target, str) else step.target
-            with ExitStack() as stack:
-                if not step.grad:
-                    stack.enter_context(torch.no_grad())
-                if not step.autocast:
-                    stack.enter_context(torch.autocast(traced._device.type, enabled=False))  # noqa: SLF001
-                made = tree.flatten(target(*args, **kwargs))[0]
-            values.update(zip(step.outputs, made, strict=True))
-            for number in dead:
-                del values[number]
+        plan.steps.run(values, get)
         # a parameter that travels is copied, since the optimizer may change it before the message has left
         results = [get(n).clone() if n in recording.named else get(n) for n in plan.outputs]
         if self._stop < len(traced.names):

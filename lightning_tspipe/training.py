@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from lightning_tspipe import _lightning, _metrics
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.logrelay import LossReport, Recorder
-from lightning_tspipe.module import TeacherStudentModule
+from lightning_tspipe.module import TeacherStudentModule, run_loss
 
 
 class TrainingHooks:
@@ -36,7 +36,7 @@ class TrainingHooks:
         """Run the user's loss and record what it logs; a faulty result is an error that names the fix."""
         recorder = Recorder(self._names, _metrics.cached_value)
         with torch.enable_grad(), logging_by(self._module, recorder.log):
-            result = self._module.loss(student_out, teacher_out, target)
+            result = run_loss(self._module, student_out, teacher_out, target)
         loss, extra = _checked(result)
         head = Recorder({}, _metrics.cached_value)
         head.add("output", "loss", loss)

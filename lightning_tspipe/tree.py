@@ -120,8 +120,12 @@ def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
     return [unflatten([part[index] for part in parts], structure) for index in range(len(sizes))]
 
 
-def merge(trees: Sequence[Any]) -> Any:
+def merge(trees: Sequence[Any], sizes: Sequence[int]) -> Any:
     """Concatenate microbatches along dimension 0; the inverse of `split`.
+
+    Args:
+        trees: one per microbatch, of tensors of shape (rows, ...) or (rows * n, ...).
+        sizes: rows of each microbatch.
 
     Raises:
         ValueError: a tensor has no batch dimension to concatenate along.
@@ -130,11 +134,14 @@ def merge(trees: Sequence[Any]) -> Any:
         return trees[0]
     flat = [flatten(tree) for tree in trees]
     columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
-    if any(column[0].ndim == 0 for column in columns):
-        raise ValueError(
-            "A network returned a tensor without a batch dimension, so the outputs of several microbatches cannot be "
-            "joined. Return tensors of shape (batch, ...), or use microbatches=1."
-        )
+    for column in columns:
+        each = column[0].shape[0] // sizes[0] if column[0].ndim else None
+        if each is None or any(len(leaf) != each * size for leaf, size in zip(column, sizes, strict=True)):
+            raise ValueError(
+                f"A network returned a tensor without a batch dimension, of shape {tuple(column[0].shape)} for "
+                f"{sizes[0]} row(s), or a tapped submodule did, so the outputs of several microbatches cannot be "
+                "joined. Return tensors of shape (batch, ...), tap another submodule, or use microbatches=1."
+            )
     return unflatten([torch.cat(column) for column in columns], flat[0][1])
 
 

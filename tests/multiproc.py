@@ -252,7 +252,9 @@ def _train(fit: Fit, folder: Path) -> None:
     options["callbacks"] = [*options.get("callbacks", []), witness]
     strategy: Any = "auto"
     if fit.stages != TWIN:
-        strategy = WitnessedStrategy(microbatches=fit.microbatches, start_method="fork", **fit.strategy)  # type: ignore[arg-type]
+        strategy = WitnessedStrategy(
+            microbatches=fit.microbatches, start_method="fork", **({"balance": "parameters"} | fit.strategy)
+        )  # type: ignore[arg-type]
         strategy.witness = witness
     module, loader = fit.make_module(), fit.make_loader()
     validation = fit.make_val_loader() if fit.make_val_loader is not None else None

@@ -48,6 +48,13 @@ CASES: dict[str, tuple[str, ...]] = {
     "NoExample": ("there is none: RuntimeError: no such data", "Set self.example_input_array"),
     "CannotBeCut": ("The forward of ByValue cannot be cut into stages", "`pipeline_layers()`"),
     "ForgetsALayer": ("'head.weight' of Residual is in none of the modules", "Put it into one of them"),
+    "UnknownTap": ("`student_taps` of `UnknownTap` names '01', which is no submodule of this Sequential", "'1'"),
+    "TapWithinALayer": (
+        "The tap '1.0' of Sequential is inside of '1', which is one indivisible layer",
+        "Tap '1' itself",
+    ),
+    "TapNeverCalled": ("The tap 'blocks' of Residual was never called", "an nn.ModuleList is not, its items are"),
+    "TapOfNamedLayers": ("The student has taps and names its layers by pipeline_layers()", "Remove that method"),
     "TeacherIsStudent": ("share parameters (teacher.0.weight)", "copy.deepcopy(self.student)"),
     "UnknownBalance": ("balance='speed' is unknown", "choose from"),
     "WrongCuts": ("2 layers in all", "add up to 3"),

@@ -18,18 +18,43 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 # From bottom to top: a module imports only from modules that stand before it here.
 ORDER = (
     # stdlib only
-    *("errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders"),
+    *("errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"),
     # what a network and its schedule are
-    *("tree", "arguments", "batchnorm", "recording", "memory", "trace", "partition", "teacher", "plan"),
+    *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
+    *("partition", "teacher", "plan", "split", "reach"),
     # one rank at work
-    *("split", "stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "lossside", "checkpoint", "runtime"),
+    *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "lossside", "checkpoint", "runtime"),
+    *("measure", "placing"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
-    *("training", "evaluating", "fitting", "files", "sharded", "saving", "refuse", "strategy", "cli", "__init__"),
+    *(
+        "training",
+        "evaluating",
+        "arranging",
+        "fitting",
+        "files",
+        "sharded",
+        "saving",
+        "refuse",
+        "strategy",
+        "cli",
+        "__init__",
+    ),
 )
-STDLIB_ONLY = {"errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders"}
+STDLIB_ONLY = {"errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"}
 KNOW_LIGHTNING = {
-    *("_lightning", "_loaders", "launching", "module", "example", "processes", "training", "evaluating", "fitting"),
+    *(
+        "_lightning",
+        "_loaders",
+        "launching",
+        "module",
+        "example",
+        "processes",
+        "training",
+        "evaluating",
+        "arranging",
+        "fitting",
+    ),
     *("files", "saving", "refuse", "strategy", "cli", "__init__"),
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}

@@ -6,7 +6,9 @@ import itertools
 import pytest
 from torch import nn
 
-from lightning_tspipe.partition import balance_by_cost, layers_of, partition
+from lightning_tspipe.balance import balance_by_cost
+from lightning_tspipe.layers import layers_of
+from lightning_tspipe.partition import partition
 
 
 def linears(*widths: int) -> nn.Sequential:

@@ -236,7 +236,7 @@ class Told(Notes):
 
 
 def test_plan_costs_and_busy_are_there_during_the_fit_only(tmp_path: Path) -> None:
-    strategy = TSPipeStrategy()
+    strategy = TSPipeStrategy(balance="parameters")
     assert (strategy.plan, strategy.costs, strategy.busy) == (None, None, {})
     ranks = run_fits([Fit(Small, loader, 2, 3, strategy=SHORT, trainer={"callbacks": [Told(tmp_path)]})], 40)[0]
     shares = 41 / 66, 91 / 66  # parameters of a stage, and one, over the mean

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from lightning_tspipe.arguments import Call, arguments_of, run_network
-from lightning_tspipe.partition import Layer, balance_by_cost, partition
+from lightning_tspipe.balance import balance_by_cost
+from lightning_tspipe.layers import Layer
+from lightning_tspipe.partition import partition
 from lightning_tspipe.recording import tensors_of
 from lightning_tspipe.trace import Traced
 from tests.multiproc import result_of

@@ -90,9 +90,7 @@ def loader() -> DataLoader[Any]:
 def test_the_pipeline_is_the_twin(make: Any) -> None:
     """Losses, gradients, weights, buffers and validations are equal on every rank at P=2 and 3."""
     micro = 1 if make is Follow else 2  # a batch norm that trains sees one microbatch at a time
-    fits = [
-        Fit(make, loader, stages, micro, make_val_loader=loader, trainer={"max_epochs": 1}) for stages in (TWIN, 2, 3)
-    ]
+    fits = [Fit(make, loader, stages, micro, loader, {"balance": "auto"}, {"max_epochs": 1}) for stages in (TWIN, 2, 3)]
     (twin,), *others = run_fits(fits, timeout=100)
     for ranks in others:
         seen: set[str] = set()

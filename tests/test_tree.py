@@ -74,7 +74,7 @@ def test_split_then_merge(value: Any) -> None:
     """Microbatches of unequal sizes join to the batch they came from."""
     parts = tree.split(value, [2, 2, 1])
     assert [tree.flatten(part)[0][0].shape[0] for part in parts] == [2, 2, 1]
-    merged = tree.merge(parts)
+    merged = tree.merge(parts, [2, 2, 1])
     assert all(torch.equal(a, b) for a, b in zip(tree.flatten(value)[0], tree.flatten(merged)[0], strict=True))
 
 
@@ -82,8 +82,15 @@ def test_what_has_no_batch_dimension_goes_to_every_microbatch() -> None:
     """A mask of another size and a number are not cut, and outputs without rows cannot be joined."""
     parts = tree.split((X, torch.ones(3), torch.tensor(1.0)), [3, 2])
     assert [part[1].shape[0] for part in parts] == [3, 3]
-    with pytest.raises(ValueError, match="without a batch dimension"):
-        tree.merge([torch.tensor(1.0), torch.tensor(2.0)])
+    for outputs in (torch.tensor(1.0), torch.tensor(2.0)), (torch.ones(1, 2), torch.ones(1, 2)):
+        with pytest.raises(ValueError, match="without a batch dimension"):
+            tree.merge(outputs, [2, 2])
+
+
+def test_several_rows_of_a_sample_are_joined() -> None:
+    """Such as the tokens or windows of an image, flattened into the batch."""
+    value = torch.arange(10.0).reshape(10, 1)
+    assert torch.equal(tree.merge(torch.split(value, [4, 4, 2]), [2, 2, 1]), value)
 
 
 def test_structures_differ_when_nesting_or_constants_do() -> None:

@@ -43,8 +43,9 @@ def run(rank: int, out: Path, module: str, stages: int, microbatches: int) -> No
     """One rank of all cases of a file."""
     torch.set_num_threads(1)
 
-    def make(microbatches: int = microbatches, **options: Any) -> L.Trainer:
-        strategy: Any = "auto" if stages == TWIN else TSPipeStrategy(microbatches=microbatches)
+    def make(microbatches: int = microbatches, schedule: str = "auto", **options: Any) -> L.Trainer:
+        ours = {"microbatches": microbatches, "schedule": schedule, "balance": "parameters"}
+        strategy: Any = "auto" if stages == TWIN else TSPipeStrategy(**ours)  # type: ignore[arg-type]
         return trainer(max(1, stages), strategy, **({"num_sanity_val_steps": 0} | options))
 
     for name, function in importlib.import_module(module).CASES.items():

@@ -170,11 +170,13 @@ def _transformers() -> Iterator[Kind]:
     yield Kind("Llama", partial(make, "LlamaForCausalLM", "LlamaConfig", **sizes, **ids), None, "transformers")
 
 
-def segments_of(network: nn.Module, example: Any, stages: int, sizes: Sequence[int] | None = None) -> list[nn.Module]:
+def segments_of(
+    network: nn.Module, example: Any, stages: int, sizes: Sequence[int] | None = None, taps: Sequence[str] = ()
+) -> list[nn.Module]:
     """The stages of a network, as `partition` cuts it."""
     balance: Any = "auto" if sizes is None else {"student": sizes}
     other = nn.Sequential(*[nn.Linear(1, 1) for _ in range(stages)])
-    parts = partition(network, other, stages, balance, examples=lambda name: [example])
+    parts = partition(network, other, stages, balance, examples=lambda name: [example], taps={"student": taps})
     stages_of: list[nn.Module] = []
     for stage in range(stages):
         (run,) = parts.runs("student", stage)

@@ -20,6 +20,7 @@ limit_threads()  # torch reads the limits when it is imported; and what is impor
 import lightning  # noqa: E402
 import torch  # noqa: E402
 
+from tests.benchmarks.balance import Cut, measure_balance  # noqa: E402
 from tests.benchmarks.measure import Measurement  # noqa: E402
 from tests.benchmarks.ours import measure_ours  # noqa: E402
 from tests.benchmarks.overhead import Overhead, measure_overhead  # noqa: E402
@@ -48,6 +49,7 @@ GOALS = (
     Goal("microseconds per action at P=4 M=24", "<=", 500),
     Goal("throughput over DDP's", ">=", 0.95),
     Goal("peak memory over DDP's", "<", 1.0),
+    Goal("slowest rank over that of the best cut", "<=", 1.05),
 )
 PROBLEMS = (Problem(num_stages=4, num_microbatches=12, num_steps=8), Problem(8, 24, num_steps=8))
 
@@ -101,9 +103,22 @@ def real() -> tuple[list[Contest], Figures]:
     }
 
 
+def balance() -> tuple[list[Cut], Figures]:
+    """The cuts that are chosen by measurement against the best ones."""
+    cuts = measure_balance()
+    rows = [
+        f"{cut.teacher} | {cut.stages} | {1e3 * cut.chosen_s:.1f} | {cut.chosen_s / cut.best_s:.3f} | "
+        f"{cut.parameters_s / cut.best_s:.3f}"
+        for cut in cuts
+    ]
+    print_table("teacher of a resnet18 | P | slowest rank, ms | over the best cut's | by parameters", rows)
+    return cuts, {"slowest rank over that of the best cut": max(cut.chosen_s / cut.best_s for cut in cuts)}
+
+
 BENCHMARKS: dict[str, Callable[[], tuple[Sequence[Any], Figures]]] = {
     "emulated": emulated,
     "overhead": overhead,
+    "balance": balance,
     "real": real,
 }
 

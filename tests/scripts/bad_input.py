@@ -94,6 +94,43 @@ class ForgetsALayer(Small):
         self.student.pipeline_layers = lambda: [self.student.body]  # type: ignore[operator, union-attr]
 
 
+class Tapped(Small):
+    """Its loss takes taps."""
+
+    def loss(self, student_out: Any, teacher_out: Any, target: Any, student_taps: Any, teacher_taps: Any) -> Any:
+        return (student_out - teacher_out).square().mean()
+
+
+class UnknownTap(Tapped):
+    student_taps = ("1", "01")
+
+
+class TapWithinALayer(Tapped):
+    student_taps = ("1", "1.0")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Sequential(nn.Linear(4, 4), network(4, 4, 4), nn.Linear(4, 2))
+        self.student[1].register_forward_hook(lambda *_: None)
+
+
+class TapNeverCalled(Tapped):
+    teacher_taps = ("blocks",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = Residual()
+        self.teacher.blocks = nn.ModuleList([self.teacher.body])
+
+
+class TapOfNamedLayers(Tapped):
+    student_taps = ("0",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student.pipeline_layers = lambda: list(self.student)  # type: ignore[assignment]
+
+
 class TeacherIsStudent(Small):
     def __init__(self) -> None:
         super().__init__()

@@ -56,7 +56,8 @@ def trainer(devices: int, strategy: Any = None, **options: Any) -> L.Trainer:
         "max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
         "enable_model_summary": False, "accelerator": "cpu",
     }  # fmt: skip
-    return L.Trainer(devices=devices, strategy=strategy or TSPipeStrategy(microbatches=2), **(quiet | options))
+    strategy = strategy or TSPipeStrategy(microbatches=2, balance="parameters")  # so that runs are alike
+    return L.Trainer(devices=devices, strategy=strategy, **(quiet | options))
 
 
 def weights(module: TeacherStudentModule) -> dict[str, Tensor]:

@@ -1,0 +1,142 @@
+"""Which rank gets which layers, for a trainer and a module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_tspipe import _lightning
+from lightning_tspipe.checkpoint import Generators
+from lightning_tspipe.comm import Comm
+from lightning_tspipe.example import Examples
+from lightning_tspipe.module import TeacherStudentModule
+from lightning_tspipe.partition import Balance, Layers, Partition, chosen, explicit_cuts, find_layers
+from lightning_tspipe.placement import Placement
+from lightning_tspipe.placing import Placer, check_same, named
+from lightning_tspipe.plan import Planner, estimate_costs, most_in_memory
+from lightning_tspipe.taps import TapError
+from lightning_tspipe.topology import Topology
+
+FREE = 0.9  # the share of a device's memory that a plan may fill; the rest is fragments, kernels and messages
+
+
+def read_balance(balance: Balance | Path) -> Balance | Placement:
+    """A balance, with a saved plan read if it names one (a path, or a text that ends with .json).
+
+    Raises:
+        ValueError: an unknown word, or a plan that cannot be read.
+    """
+    if isinstance(balance, Path) or (isinstance(balance, str) and balance.endswith(".json")):
+        return Placement.load(balance)
+    explicit_cuts(balance)
+    return balance
+
+
+class Arrangement:
+    """The stages of both networks, and what is known of their costs.
+
+    Args:
+        trainer, module: the user's.
+        topology: who is who.
+        comm: this rank's connections; None for one stage.
+        balance: what the user asked for.
+        microbatches: per batch; "auto" if that is to be found.
+        max_memory: bytes per rank; None: what the device has.
+        broadcast: gives every rank what rank 0 has.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: TeacherStudentModule,
+        topology: Topology,
+        comm: Comm | None,
+        balance: Balance | Placement,
+        microbatches: int | str,
+        max_memory: int | None,
+        broadcast: Callable[[Any], Any],
+    ) -> None:
+        self._trainer, self._module, self._topology, self._comm = trainer, module, topology, comm
+        self._device = trainer.strategy.root_device
+        self._limit = _limit(self._device, max_memory)
+        self._broadcast, self._microbatches = broadcast, microbatches
+        source = None if module.momentum is None else module.ema_source()
+        cuts = {} if isinstance(balance, Placement) else explicit_cuts(balance, source is not None)
+        examples = Examples(trainer, module, broadcast)
+        with _lightning.without_profiler_hooks(trainer):  # a Sequential with hooks is not cut
+            stages = topology.stages
+            taps = {"student": module.student_taps, "teacher": module.teacher_taps}
+            try:
+                networks = module.student, module.teacher
+                layers = find_layers(*networks, stages, cuts, source, examples.of, self._device, taps)
+            except TapError as error:
+                raise MisconfigurationException(str(error)) from error
+            fits = trainer.state.fn == TrainerFn.FITTING
+            if isinstance(balance, Placement):
+                check_same(balance, layers, stages)
+                self.parts, self.placement = layers.cut(*balance.sizes), balance
+            elif balance == "auto" and fits and stages > 1:
+                self.parts, self.placement = self._measured(layers, examples, microbatches)
+            else:
+                self.parts = layers.cut(*chosen(layers, stages, cuts))
+                self.placement = named(self.parts)
+        if fits and stages > 1:
+            rank_zero_info(f"{stages} stages; costs are of one microbatch:\n{self.placement.table()}")
+
+    def _measured(self, layers: Layers, examples: Examples, microbatches: int | str) -> tuple[Partition, Placement]:
+        """Measure in the first pipeline; the others take what it finds."""
+        stages = self._topology.stages
+        count = microbatches if isinstance(microbatches, int) else 3 * (stages - 1)
+        sample = examples.sample(count) if self._trainer.global_rank == 0 else None
+        generators = Generators(self._device)
+        state = generators.state()
+        text = ""
+        if self._topology.replica == 0:
+            assert self._comm is not None
+            context = self._trainer.precision_plugin.train_step_context
+            placer = Placer(layers, stages, self._comm, self._device, context)
+            over_batch = self._module.loss_over == "batch"
+            in_flight = [count if over_batch else min(count, stages - stage) for stage in range(stages)]
+            text = placer.find(sample, self._limit, in_flight).text()
+        generators.restore(state)
+        placement = Placement.parse(self._broadcast(text))
+        return layers.cut(*placement.sizes), placement
+
+    def planner(self, schedule: str, recompute: bool, post_ahead: int, resumed: int | None) -> Planner:
+        """What plans the steps.
+
+        Args:
+            schedule, recompute: what the user asked for.
+            post_ahead: see `Planner`.
+            resumed: microbatches per batch of the run that is resumed.
+        """
+        module = self._module
+        lookahead = module.momentum is None or module.teacher_delay != 0
+        costs = self.placement.costs or estimate_costs(self.parts, recompute)
+        planner = Planner(costs, lookahead, module.loss_over, schedule, post_ahead, max_held=self._max_held)
+        if self._microbatches == "auto":
+            found = self.placement.microbatches or planner.microbatches
+            planner.microbatches = found if resumed is None else resumed
+        return planner
+
+    @property
+    def _max_held(self) -> tuple[int, ...] | None:
+        """How many microbatches fit on each rank; None for any number."""
+        if not self.placement.held or self._limit == math.inf:
+            return None
+        left = [self._limit - weights for weights in self.placement.weights]
+        return most_in_memory(left, self.placement.held)
+
+
+def _limit(device: torch.device, max_memory: int | None) -> float:
+    if max_memory is not None:
+        return max_memory
+    return FREE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf

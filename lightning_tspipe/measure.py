@@ -1,0 +1,228 @@
+"""What each layer costs on this rank's device: seconds of its passes, bytes that it holds and sends."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tspipe import tree
+from lightning_tspipe.comm import Comm
+from lightning_tspipe.recording import unchanged
+from lightning_tspipe.stage import writes_in_place
+
+ROUNDS = 4  # of which the fastest counts, pass by pass
+ENOUGH = 1.0  # seconds after which a layer is not run again
+PING_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer and one microbatch.
+
+    Args:
+        forward, inputs, weights: seconds of a forward, and of a backward for inputs and for weights.
+        held: bytes kept between forward and backward, parameters left out.
+        sent: bytes of what it gives.
+        parameters: bytes of its parameters and buffers.
+        trained: of these, bytes of what is trained.
+    """
+
+    forward: float
+    inputs: float = 0.0
+    weights: float = 0.0
+    held: int = 0
+    sent: int = 0
+    parameters: int = 0
+    trained: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Of all passes."""
+        return self.forward + self.inputs + self.weights
+
+
+@dataclass(frozen=True)
+class MessageCost:
+    """Seconds of a message between neighbours: `latency` + bytes x `per_byte`."""
+
+    latency: float = 0.0
+    per_byte: float = 0.0
+
+    def seconds(self, size: float) -> float:
+        """For a message of that many bytes."""
+        return self.latency + size * self.per_byte
+
+
+class Meter:
+    """Measures layers one after the other; no weight, buffer, gradient or attribute is another one afterwards.
+
+    Weights without memory get random ones meanwhile, and only one layer at a time is on the device.
+
+    Args:
+        device: where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._counted: set[int] = set()  # memory of the last layer's outputs that is in `held` of a layer already
+
+    def teacher(self, layer: nn.Module, tensors: Sequence[Tensor], views: list[Any]) -> tuple[list[Any], LayerCost]:
+        """A teacher's layer: a forward without gradients.
+
+        Args:
+            layer: what is called.
+            tensors: its parameters and buffers.
+            views: its input, one per view.
+
+        Returns:
+            What it gives for each view, and what it costs for all of them.
+        """
+
+        def run(view: Any) -> tuple[Any, LayerCost]:
+            best = math.inf
+            begun = time.perf_counter()
+            for _ in range(ROUNDS):
+                value = tree.map_tensors(view, torch.clone) if writes_in_place(layer) else view
+                start = self._now()
+                output = layer(value)
+                best = min(best, self._now() - start)
+                if time.perf_counter() - begun > ENOUGH:
+                    break
+            return output, LayerCost(best)
+
+        with torch.no_grad():
+            return self._all(layer, run, tensors, views)
+
+    def student(
+        self, layer: nn.Module, tensors: Sequence[Tensor], views: list[Any], first: bool
+    ) -> tuple[list[Any], LayerCost]:
+        """A student's layer: a forward, and the two parts of a backward; `first`: its input needs no gradient."""
+        trained = [tensor for tensor in tensors if tensor.requires_grad]
+
+        def run(view: Any) -> tuple[Any, LayerCost]:
+            best = [math.inf] * 3
+            leaves, structure = tree.flatten(view)
+            leaves = [leaf.detach().requires_grad_(leaf.is_floating_point() and not first) for leaf in leaves]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            begun = time.perf_counter()
+            for _ in range(ROUNDS):
+                value = tree.unflatten(leaves, structure)
+                if writes_in_place(layer):
+                    value = tree.map_tensors(value, torch.clone)
+                start = self._now()
+                output = layer(value)
+                best[0] = min(best[0], self._now() - start)
+                results = [leaf for leaf in tree.flatten(output)[0] if leaf.requires_grad]
+                given = [torch.ones_like(leaf) for leaf in results]
+                for place, sources in ((1, wanted), (2, [*wanted, *trained])):
+                    start = self._now()
+                    if results and sources:
+                        torch.autograd.grad(results, sources, given, retain_graph=place == 1, allow_unused=True)
+                    best[place] = min(best[place], self._now() - start)
+                if time.perf_counter() - begun > ENOUGH:
+                    break
+            value = tree.unflatten(leaves, structure)
+            if writes_in_place(layer):
+                value = tree.map_tensors(value, torch.clone)
+            known = before | {tensor.untyped_storage().data_ptr() for tensor in tensors}
+            saved: dict[int, int] = {}
+
+            def note(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in known:
+                    saved[storage.data_ptr()] = storage.nbytes()
+                return tensor.detach()  # else a node that saves its own output would never be freed
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                output = layer(value)
+            for leaf in tree.flatten(output)[0]:
+                place = leaf.untyped_storage().data_ptr()
+                if place in saved or place in known:
+                    self._counted.add(place)
+            forward, inputs, both = best
+            inputs = min(inputs, both) if wanted else 0.0
+            cost = LayerCost(forward, inputs, both - inputs, sum(saved.values()))
+            return tree.map_tensors(output, torch.Tensor.detach), cost
+
+        before, self._counted = self._counted, set()
+        with torch.enable_grad():
+            return self._all(layer, run, tensors, views, sum(tensor.nbytes for tensor in trained))
+
+    def _all(
+        self,
+        layer: nn.Module,
+        run: Callable[[Any], tuple[Any, LayerCost]],
+        tensors: Sequence[Tensor],
+        views: list[Any],
+        trained: int = 0,
+    ) -> tuple[list[Any], LayerCost]:
+        size = sum(tensor.nbytes for tensor in tensors)
+        with self._borrowed(tensors), unchanged(layer.modules()):
+            outputs, costs = zip(*(run(view) for view in views), strict=True)
+        sent = sum(leaf.nbytes for leaf in tree.flatten(list(outputs))[0])
+        total = {name: sum(getattr(cost, name) for cost in costs) for name in ("forward", "inputs", "weights", "held")}
+        return list(outputs), replace(costs[0], **total, sent=sent, parameters=size, trained=trained)
+
+    @contextmanager
+    def _borrowed(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Parameters on the device, and buffers that may change."""
+        copies = [(tensor, self._copy(tensor)) for tensor in tensors]
+        swaps = [(tensor, copy) for tensor, copy in copies if copy is not tensor]
+        for tensor, copy in swaps:
+            torch.utils.swap_tensors(tensor, copy)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            for tensor, copy in swaps:
+                torch.utils.swap_tensors(tensor, copy)  # type: ignore[no-untyped-call]
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if is_parameter and tensor.device == self._device:
+            return tensor
+        if tensor.is_meta:
+            value = torch.empty_like(tensor, device=self._device)
+            value = value.uniform_(0.01, 0.1) if tensor.is_floating_point() else value.zero_()
+        else:
+            value = tensor.detach().to(self._device, copy=True)
+        return nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def message(self, comm: Comm) -> MessageCost:
+        """Sends messages from rank 0 to rank 1 and back; on rank 0, what one costs."""
+        small, large = (self._round_trip(comm, size) for size in (1, PING_BYTES))
+        return MessageCost(small, max(0.0, large - small) / PING_BYTES)
+
+    def _round_trip(self, comm: Comm, size: int) -> float:
+        """Half the seconds of the fastest of some round trips."""
+        if comm.stage > 1:
+            return 0.0
+        value = [torch.zeros(size, dtype=torch.uint8, device=self._device)]
+        key = ("ping", size)
+        out, back = ("T", "B") if comm.stage == 0 else ("B", "T")
+        sends, takes = comm.outward[out], comm.inward[back]
+        for channel in (sends, takes):
+            channel.know(key, tree.flatten(value)[1], ((tuple(value[0].shape), value[0].dtype),))
+        best = math.inf
+        for _ in range(ROUNDS):
+            takes.post(key)
+            start = self._now()
+            if comm.stage == 0:
+                sends.send(key, value)
+                takes.take()
+            else:
+                sends.send(key, takes.take())
+            best = min(best, self._now() - start)
+            sends.retire(1)
+        return best / 2

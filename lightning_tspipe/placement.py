@@ -1,0 +1,125 @@
+"""Which layers each rank has and what they cost, as a table and as a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lightning_tspipe.schedule import Costs
+
+MIB = 2**20
+PASSES = {"t": "T ms", "f": "F ms", "b": "I ms", "w": "W ms", "messages": "messages ms"}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The layers of each rank; costs are of one microbatch and empty where nothing was measured.
+
+    Args:
+        student, teacher: names of the layers, stage by stage.
+        t, f, b, w: seconds of a teacher forward, student forward, backward for inputs and for weights, per stage.
+        messages: seconds of a stage's messages.
+        message: seconds of one message, on average.
+        weights: bytes per stage of parameters and buffers, gradients, and an optimizer state of two numbers each.
+        held: bytes per stage that a microbatch takes between its forward and its backward.
+        rows: samples of a microbatch in the measurement.
+        microbatches: per batch, if a number was chosen.
+    """
+
+    student: tuple[tuple[str, ...], ...]
+    teacher: tuple[tuple[str, ...], ...]
+    t: tuple[float, ...] = ()
+    f: tuple[float, ...] = ()
+    b: tuple[float, ...] = ()
+    w: tuple[float, ...] = ()
+    messages: tuple[float, ...] = ()
+    message: float = 0.0
+    weights: tuple[float, ...] = ()
+    held: tuple[float, ...] = ()
+    rows: int = 0
+    microbatches: int | None = None
+
+    @property
+    def stages(self) -> int:
+        """How many there are."""
+        return len(self.student)
+
+    @property
+    def sizes(self) -> tuple[list[int], list[int]]:
+        """Numbers of layers per stage, of the student and of the teacher."""
+        return [len(stage) for stage in self.student], [len(stage) for stage in self.teacher]
+
+    @property
+    def costs(self) -> Costs | None:
+        """For the schedule; None where nothing was measured."""
+        return Costs(self.t, self.f, self.b, self.w, self.message) if self.t else None
+
+    @property
+    def busy(self) -> list[float]:
+        """Seconds that each rank needs for a microbatch, messages included."""
+        columns = (self.t, self.f, self.b, self.w, self.messages)
+        return [sum(stage) for stage in zip(*columns, strict=True)]
+
+    def table(self) -> str:
+        """One row per stage.
+
+        >>> print(Placement((("a",), ("b", "c")), (("0",), ("1",))).table())
+        stage | student | teacher
+        ------+---------+--------
+        0     | a       | 0
+        1     | b .. c  | 1
+        """
+        header = ["stage", "student", "teacher"]
+        rows = [[str(stage), _range(self.student[stage]), _range(self.teacher[stage])] for stage in range(self.stages)]
+        if self.t:
+            header += [*PASSES.values(), "sum ms", "weights MiB", "microbatch MiB"]
+            for stage, row in enumerate(rows):
+                row += [f"{1e3 * getattr(self, name)[stage]:.2f}" for name in PASSES]
+                row += [f"{1e3 * self.busy[stage]:.2f}"]
+                row += [f"{column[stage] / MIB:.1f}" for column in (self.weights, self.held)]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                 for row in (header, *rows)]  # fmt: skip
+        return "\n".join([lines[0], "-+-".join("-" * width for width in widths), *lines[1:]])
+
+    def text(self) -> str:
+        """JSON, for `parse`."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def parse(cls, text: str) -> Placement:
+        """Read what `text` gives."""
+        found: Mapping[str, Any] = json.loads(text)
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: _tuples(value) for name, value in found.items() if name in names})
+
+    def save(self, path: str | Path) -> None:
+        """Write a file that `TSPipeStrategy(balance=path)` takes."""
+        Path(path).write_text(self.text() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Placement:
+        """Read what `save` has written.
+
+        Raises:
+            ValueError: it is no such file.
+        """
+        try:
+            return cls.parse(Path(path).read_text())
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"balance={str(path)!r} is no plan that can be read ({type(error).__name__}: {error}). Save one with "
+                "`trainer.strategy.placement.save(path)`."
+            ) from error
+
+
+def _range(names: Sequence[str]) -> str:
+    ends = [name or "(whole)" for name in (names[:1] if len(names) == 1 else [*names[:1], *names[-1:]])]
+    return " .. ".join(ends) or "(none)"
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,200 @@
+"""From the layers of both networks to stages: by parameters, as given, or as measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tspipe.balance import Chain, joint_cut
+from lightning_tspipe.comm import Comm
+from lightning_tspipe.measure import LayerCost, MessageCost, Meter
+from lightning_tspipe.partition import Layers, Partition
+from lightning_tspipe.placement import Placement
+from lightning_tspipe.recording import tensors_of
+
+Sample = dict[str, list[Any]]
+
+
+def named(parts: Partition) -> Placement:
+    """The layers of each stage, without costs."""
+    student, teacher = (
+        tuple(tuple(layer.name for layer in stage) for stage in stages) for stages in (parts.student, parts.teacher)
+    )
+    return Placement(student, teacher)
+
+
+def check_same(found: Placement, layers: Layers, stages: int) -> None:
+    """Raises ValueError if a saved plan is of other networks or of another number of stages."""
+    if found.stages != stages:
+        raise ValueError(f"balance names a plan of {found.stages} stages, but there are {stages}. Make a new one.")
+    for network in ("student", "teacher"):
+        expected = [layer.name for layer in getattr(layers, network)]
+        saved = [name for stage in getattr(found, network) for name in stage]
+        if saved != expected:
+            other = next((pair for pair in zip(saved, expected, strict=False) if pair[0] != pair[1]), None)
+            counts = f"{len(saved)} layers in place of {len(expected)}"
+            what = counts if other is None else f"{other[0]!r} in place of {other[1]!r}"
+            raise ValueError(f"balance names a plan of another {network} ({what}). Make a new one.")
+
+
+class Placer:
+    """Measures every layer once, on one rank each, and finds the cut whose slowest rank is the fastest.
+
+    Args:
+        layers: of both networks.
+        stages: P.
+        comm: this rank's connections.
+        device: of this rank.
+        context: of a forward in the run's precision.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        stages: int,
+        comm: Comm,
+        device: torch.device,
+        context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._layers, self._stages, self._comm, self._context = layers, stages, comm, context
+        self._meter = Meter(device)
+        self._tensors = {name: tensors_of(network) for name, network in layers.networks.items()}
+
+    def find(self, sample: Sample | None, limit: float = math.inf, in_flight: Sequence[int] = ()) -> Placement:
+        """The stages, the same on every rank of this pipeline; by parameters if there is nothing to measure with.
+
+        Args:
+            sample: one microbatch of each network's input, view by view, on rank 0; None if there is none.
+            limit: bytes per rank for weights, gradients, optimizer state and activations.
+            in_flight: microbatches per stage whose activations are held at once.
+
+        Raises:
+            ValueError: no cut keeps the limit.
+        """
+        sizes, teacher_sizes = self._layers.by_parameters(self._stages)
+        parts = self._layers.cut(sizes, teacher_sizes)
+        if not self._comm.share(sample is not None, 0):
+            return named(parts)
+        mine = [self._measure(network, parts, (sample or {}).get(network)) for network in ("student", "teacher")]
+        message = self._meter.message(self._comm)
+        gathered = self._comm.gather(mine)
+        answer = ""
+        if gathered is not None:
+            student, teacher = ([cost for rank in gathered for cost in rank[place]] for place in (0, 1))
+            try:
+                parts = self._layers.cut(*self._choose(student, teacher, message, limit, in_flight))
+                answer = _placement(parts, student, teacher, message).text()
+            except ValueError as error:
+                answer = f"!{error}"
+        answer = self._comm.share(answer, 0)
+        if answer.startswith("!"):
+            raise ValueError(answer[1:])
+        return Placement.parse(answer)
+
+    def _measure(self, network: str, parts: Partition, views: list[Any] | None) -> list[LayerCost]:
+        """Measure this rank's share of a network's layers, on what the ranks before it made of the sample."""
+        sizes = [len(stage) for stage in getattr(parts, network)]
+        start = sum(sizes[: self._comm.stage])
+        apart = self._layers.apart()
+        costs: list[LayerCost] = []
+
+        def run(views: list[Any]) -> list[Any] | None:
+            for number in range(start, start + sizes[self._comm.stage]):
+                (layer,) = apart.runs(network, number)
+                tensors = self._tensors_of(network, number)
+                with self._context():
+                    if network == "teacher":
+                        views, cost = self._meter.teacher(layer.module, tensors, views)
+                    else:
+                        views, cost = self._meter.student(layer.module, tensors, views, number == 0)
+                costs.append(cost)
+            return views if self._comm.stage < self._stages - 1 else None
+
+        self._comm.chain(run, views)
+        return costs
+
+    def _tensors_of(self, network: str, number: int) -> list[Tensor]:
+        layer = getattr(self._layers, network)[number]
+        known = self._tensors[network]
+        return list({id(known[name]): known[name] for name in layer.state_names if name in known}.values())
+
+    def _choose(
+        self,
+        student: Sequence[LayerCost],
+        teacher: Sequence[LayerCost],
+        message: MessageCost,
+        limit: float,
+        in_flight: Sequence[int],
+    ) -> tuple[list[int], list[int] | None]:
+        of_student, of_teacher = _chain(student, message, 2), _chain(teacher, message, 1)
+        if self._layers.source is None:
+            return self._cut(of_student, of_teacher, limit, in_flight)
+        seconds, edge, weights = list(of_student.seconds), list(of_student.edge), list(of_student.weights)
+        place = 0
+        for number, followers in enumerate(self._layers.followers()):
+            edge[number] += of_teacher.edge[min(place, len(teacher) - 1)]
+            seconds[number] += sum(of_teacher.seconds[follower] for follower in followers)
+            weights[number] += sum(of_teacher.weights[follower] for follower in followers)
+            place += len(followers)
+        nothing = Chain([0.0] * self._stages)
+        return self._cut(Chain(seconds, edge, weights, of_student.held), nothing, limit, in_flight)[0], None
+
+    def _cut(
+        self, student: Chain, teacher: Chain, limit: float, in_flight: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        try:
+            return joint_cut(student, teacher, self._stages, limit, in_flight)
+        except ValueError as error:
+            whole = sum(student.weights) + sum(teacher.weights)
+            raise ValueError(
+                f"No cut into {self._stages} stages keeps max_memory={limit:,.0f} bytes per rank: weights, gradients "
+                f"and optimizer state take {whole:,.0f} bytes in all, and a microbatch {sum(student.held):,.0f}. Use "
+                "more stages, smaller microbatches, or recompute=True."
+            ) from error
+
+
+def _chain(costs: Sequence[LayerCost], message: MessageCost, messages: int) -> Chain:
+    sent = [0, *(cost.sent for cost in costs[:-1])]
+    return Chain(
+        [cost.seconds for cost in costs],
+        [messages * message.seconds(size) for size in sent],
+        [float(cost.parameters + 3 * cost.trained) for cost in costs],
+        [float(cost.held) for cost in costs],
+    )
+
+
+def _placement(
+    parts: Partition, student: Sequence[LayerCost], teacher: Sequence[LayerCost], message: MessageCost
+) -> Placement:
+    names = named(parts)
+    chains = _chain(student, message, 2), _chain(teacher, message, 1)
+    columns: dict[str, list[float]] = {name: [] for name in ("t", "f", "b", "w", "messages", "weights", "held")}
+    starts = [0, 0]
+    single: list[float] = []
+    for stage in range(names.stages):
+        counts = len(names.student[stage]), len(names.teacher[stage])
+        ends = starts[0] + counts[0], starts[1] + counts[1]
+        mine, its = student[starts[0] : ends[0]], teacher[starts[1] : ends[1]]
+        columns["t"].append(sum(cost.forward for cost in its))
+        columns["f"].append(sum(cost.forward for cost in mine))
+        columns["b"].append(sum(cost.inputs for cost in mine))
+        columns["w"].append(sum(cost.weights for cost in mine))
+        columns["weights"].append(sum(cost.parameters + 3 * cost.trained for cost in (*mine, *its)))
+        columns["held"].append(sum(cost.held for cost in mine))
+        edges = [chain.edge[place] for chain, cuts in zip(chains, zip(starts, ends, strict=True), strict=True)
+                 for place in cuts if 0 < place < len(chain.seconds)]  # fmt: skip
+        columns["messages"].append(sum(edges))
+        if 0 < starts[0] < len(student):
+            single.append(message.seconds(student[starts[0] - 1].sent))
+        starts = list(ends)
+    return Placement(
+        names.student,
+        names.teacher,
+        message=sum(single) / len(single) if single else 0.0,
+        **{name: tuple(map(float, column)) for name, column in columns.items()},  # type: ignore[arg-type]
+    )

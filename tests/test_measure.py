@@ -1,0 +1,321 @@
+"""What layers cost, the plan that follows from it, and fits that are cut by it."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer
+
+from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
+from lightning_tspipe.measure import Meter
+from lightning_tspipe.partition import find_layers
+from lightning_tspipe.placement import Placement
+from lightning_tspipe.placing import check_same
+from tests.multiproc import Fit, run_fits
+from tests.scripts.small import loader, network
+from tests.scripts.zygote import Zygote
+
+LONG = 0.02  # seconds of a layer that waits: far more than any noise
+
+
+class _Wait(torch.autograd.Function):
+    """Passes on; its forward lasts `seconds`, its backward three times that."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        time.sleep(3 * ctx.seconds)
+        return grads[0], None
+
+
+class Slow(nn.Linear):
+    """A linear layer that lasts."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__(width, width)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return _Wait.apply(super().forward(value), LONG)
+
+
+class Tracks(nn.Module):
+    """A layer whose forward leaves traces: a count, a buffer, random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, value: Tensor) -> Tensor:
+        self.count += 1
+        self.mean = self.mean + value.detach().mean(0)
+        return value + torch.rand(())
+
+
+def test_a_measurement_leaves_no_trace() -> None:
+    layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Tracks())
+    before = copy.deepcopy(layer.state_dict())
+    tensors = [*layer.parameters(), *layer.buffers()]
+    identities = {name: id(value) for name, value in (*layer.named_parameters(), *layer.named_buffers())}
+    views, cost = Meter(torch.device("cpu")).student(layer, tensors, [torch.randn(3, 4)], first=False)
+    assert views[0].shape == (3, 4)
+    assert not views[0].requires_grad
+    assert min(cost.forward, cost.inputs, cost.weights) >= 0 < cost.forward
+    assert layer[2].count == 0
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert {name: id(v) for name, v in (*layer.named_parameters(), *layer.named_buffers())} == identities
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    for tensor in layer.parameters():  # nothing holds on to it: it can still be taken off this rank
+        torch.utils.swap_tensors(tensor, nn.Parameter(torch.empty_like(tensor, device="meta")))
+
+
+def test_bytes_are_counted_once() -> None:
+    """What two layers save is counted with the first; parameters are not; nor is what nobody saves."""
+    meter = Meter(torch.device("cpu"))
+    first, second, third = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)
+    views: list[Any] = [torch.randn(5, 4)]
+    costs = []
+    for layer in (first, second, third):
+        views, cost = meter.student(layer, list(layer.parameters()), views, first=layer is first)
+        costs.append(cost)
+    assert [cost.held for cost in costs] == [5 * 4 * 4, 5 * 8 * 4, 0]
+    assert [cost.sent for cost in costs] == [5 * 8 * 4, 5 * 8 * 4, 5 * 2 * 4]
+    assert [cost.parameters for cost in costs] == [(4 * 8 + 8) * 4, 0, (8 * 2 + 2) * 4]
+    assert [cost.trained for cost in costs] == [cost.parameters for cost in costs]
+
+
+def test_weights_without_memory_are_measured() -> None:
+    with torch.device("meta"):
+        layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    tensors = [*layer.parameters(), *layer.buffers()]
+    views, cost = Meter(torch.device("cpu")).teacher(layer, tensors, [torch.randn(3, 4), torch.randn(2, 4)])
+    assert [len(view) for view in views] == [3, 2]
+    assert cost.forward > 0
+    assert cost.inputs == cost.weights == cost.held == cost.trained == 0
+    assert all(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
+
+
+def test_passes_are_told_apart() -> None:
+    """The wait of a backward belongs to the inputs; the first layer of all has none of them."""
+    meter, layer = Meter(torch.device("cpu")), Slow()
+    _, within = meter.student(layer, list(layer.parameters()), [torch.randn(2, 4)], first=False)
+    assert within.forward >= LONG
+    assert within.inputs >= 3 * LONG
+    _, first = meter.student(layer, list(layer.parameters()), [torch.randn(2, 4)], first=True)
+    assert first.inputs == 0
+    assert first.weights >= 3 * LONG
+
+
+# --- fits
+
+
+class Uneven(TeacherStudentModule):
+    """The layers that take long are those with few parameters."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        torch.manual_seed(0)
+        fast = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 4))
+        self.student = nn.Sequential(Slow(), Slow(), *fast)
+        self.teacher = nn.Sequential(Slow(), nn.Linear(4, 4), nn.Linear(4, 4), Slow())
+        if self.momentum is not None:
+            self.teacher = copy.deepcopy(self.student)
+
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Any:
+        return (student_out - teacher_out).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.student.parameters(), lr=0.1)
+
+
+class Shown(L.Callback):
+    """The plan that each rank ran by."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        strategy: Any = trainer.strategy
+        strategy.placement.save(self.folder / f"{trainer.global_rank}.json")
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_a_fit_is_cut_by_time(tmp_path: Path, momentum: float | None) -> None:
+    """Both slow layers of each network are shared out; by parameters they would be on one rank."""
+
+    def make() -> Uneven:
+        return Uneven(momentum=momentum)
+
+    options: dict[str, Any] = {"callbacks": [Shown(tmp_path)], "limit_train_batches": 2}
+    run_fits([Fit(make, loader, 2, 2, strategy={"balance": "auto"}, trainer=options)])
+    ours, other = (Placement.load(tmp_path / f"{rank}.json") for rank in (0, 1))
+    assert ours == other
+    assert len(ours.student[0]) == 1
+    assert len(ours.teacher[0]) == 1 if momentum else len(ours.teacher[0]) in (1, 2, 3)
+    assert min(ours.t) >= LONG
+    assert min(ours.f) >= LONG
+    assert min(b + w for b, w in zip(ours.b, ours.w, strict=True)) >= 3 * LONG
+    assert min(ours.messages) > 0
+    by_parameters = {"balance": "parameters"}
+    run_fits([Fit(make, loader, 2, 2, strategy=by_parameters, trainer=options)])
+    assert len(Placement.load(tmp_path / "0.json").student[0]) > 2
+    assert not Placement.load(tmp_path / "0.json").t
+
+
+def give_back(rank: int, out: Path) -> None:
+    """Fit by a saved plan, in which all slow layers are on one rank."""
+    torch.set_num_threads(1)
+    names = tuple("01234")
+    Placement((names[:4], names[4:]), (("0", "1", "2"), ("3",))).save(out / f"given{rank}.json")
+    strategy = TSPipeStrategy(microbatches=2, balance=str(out / f"given{rank}.json"))
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_steps=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[Shown(out)],
+    )  # fmt: skip
+    trainer.fit(Uneven(), loader())
+
+
+def test_a_saved_plan_is_followed(zygote: Zygote, tmp_path: Path) -> None:
+    assert zygote.run("tests.test_measure:give_back", 2, tmp_path) == [0, 0]
+    for rank in (0, 1):
+        assert Placement.load(tmp_path / f"{rank}.json").sizes == ([4, 1], [3, 1])
+
+
+def keep_number(rank: int, out: Path) -> None:
+    """Two stages choose a number of microbatches, three go on with it, and a number that is given comes before it."""
+    torch.set_num_threads(1)
+
+    def fit(stages: int, resume: Path | None, microbatches: int | str = "auto") -> int | None:
+        strategy = TSPipeStrategy(stages, microbatches=microbatches, start_method="fork")  # type: ignore[arg-type]
+        trainer = L.Trainer(
+            accelerator="cpu", devices=stages, strategy=strategy, max_steps=2 if resume else 1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[Shown(out), Saved(out / "last.ckpt")],
+        )  # fmt: skip
+        trainer.fit(Uneven(), loader(24, 12), ckpt_path=None if resume is None else str(resume))
+        return Placement.load(out / "0.json").microbatches
+
+    first = fit(2, None)
+    numbers = [first, fit(3, out / "last.ckpt"), fit(2, out / "last.ckpt", 5)]
+    (out / "numbers.txt").write_text(" ".join(map(str, numbers)))
+
+
+class Saved(L.Callback):
+    """A checkpoint of the first step, made on all ranks."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.global_step == 1:
+            trainer.save_checkpoint(self.file)
+
+
+def test_a_resumed_run_keeps_its_microbatches(zygote: Zygote, tmp_path: Path) -> None:
+    """What was measured again would give another number, and batch norms other microbatches."""
+    assert zygote.run("tests.test_measure:keep_number", 1, tmp_path) == [0]
+    first, second, third = map(int, (tmp_path / "numbers.txt").read_text().split())
+    assert first == second
+    assert third == 5
+
+
+def test_a_limit_of_memory_moves_the_cut(tmp_path: Path) -> None:
+    """The second stage may not hold all the large layers, however fast they are; too little is an error."""
+    whole = 4 * sum(p.numel() for p in Uneven().student.parameters())
+    options: dict[str, Any] = {"callbacks": [Shown(tmp_path)], "limit_train_batches": 1}
+    strategy = {"balance": "auto", "max_memory": int(4 * whole * 0.97)}
+    run_fits([Fit(Uneven, loader, 2, 2, strategy=strategy, trainer=options)])
+    found = Placement.load(tmp_path / "0.json")
+    assert len(found.student[0]) > 1
+    assert max(found.weights) <= strategy["max_memory"]  # type: ignore[operator]
+    with pytest.raises(AssertionError, match="No cut into 2 stages keeps max_memory=100 bytes per rank"):
+        run_fits([Fit(Uneven, loader, 2, 2, strategy={"balance": "auto", "max_memory": 100}, trainer=options)])
+
+
+class Drops(TeacherStudentModule):
+    """Random numbers in both networks."""
+
+    def __init__(self, followed: bool) -> None:
+        super().__init__(teacher_mode="train")
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(4)]
+        self.student: nn.Module = nn.Sequential(*layers)
+        if followed:
+            self.student = VisionTransformer(16, 8, 3, 2, 8, 16, dropout=0.3, attention_dropout=0.2, num_classes=4)
+            nn.init.normal_(self.student.heads.head.weight)  # it is zero otherwise
+        self.teacher = copy.deepcopy(self.student)
+
+    def student_input(self, batch: Any) -> Any:
+        return batch[0] if isinstance(self.student, nn.Sequential) else batch[0].mean(1)[:, None, None, None].expand(
+            -1, 3, 16, 16
+        )  # fmt: skip
+
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Any:
+        return (student_out - teacher_out).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.student.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("followed", [False, True])
+def test_dropout_does_not_depend_on_the_cuts(followed: bool) -> None:
+    """Nor on their number: a run with measured cuts can be repeated, and resumed on other devices."""
+    count = len(find_layers(Drops(followed).student, nn.Identity(), 2, {}, None, lambda _: [torch.ones(2, 3, 16, 16)])
+                .student)  # fmt: skip
+    cuts = [1, count - 1], [count - 1, 1], [1, 1, count - 2]
+    fits = [Fit(lambda: Drops(followed), loader, len(sizes), 2, strategy={"balance": sizes}) for sizes in cuts]
+    expected, *others = [ranks[0] for ranks in run_fits(fits)]
+    assert len({float(loss) for loss in expected["losses"]}) > 1
+    for found in others:
+        assert found["losses"] == expected["losses"]
+        for name, value in expected["whole"].items():
+            assert torch.equal(found["whole"][name], value), name
+
+
+# --- the plan as a table and as a file
+
+
+def test_a_plan_survives_a_file(tmp_path: Path) -> None:
+    plan = Placement((("a",), ("b", "c")), (("x",), ("y",)), (1e-3, 2e-3), (3e-3, 4e-3), (0.0, 0.0), (0.0, 0.0),
+                     (0.0, 1e-3), 1e-3, (2.0**20, 0.0), (0.0, 2.0**21), 8, 4)  # fmt: skip
+    plan.save(tmp_path / "plan.json")
+    assert Placement.load(tmp_path / "plan.json") == plan
+    assert plan.costs is not None
+    assert plan.costs.t == (1e-3, 2e-3)
+    header, _, first, second = plan.table().splitlines()
+    assert header.split(" | ")[:2] == ["stage", "student"]
+    assert [cell.strip() for cell in first.split("|")][1:5] == ["a", "x", "1.00", "3.00"]
+    assert [cell.strip() for cell in second.split("|")][1:] == [
+        *("b .. c", "y", "2.00", "4.00", "0.00", "0.00", "1.00", "7.00", "0.0", "2.0")
+    ]
+
+
+def test_a_bad_plan_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no plan that can be read"):
+        TSPipeStrategy(balance=tmp_path / "nothing.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no plan that can be read"):
+        TSPipeStrategy(balance=str(tmp_path / "bad.json"))
+    student, teacher = network(4, 8, 2), network(4, 8, 8, 2)
+    layers = find_layers(student, teacher, 2, {})
+    good = Placement((("0",), ("1",)), (("0",), ("1", "2")))
+    check_same(good, layers, 2)
+    with pytest.raises(ValueError, match="a plan of 2 stages, but there are 3"):
+        check_same(good, layers, 3)
+    with pytest.raises(ValueError, match="a plan of another teacher \\(2 layers in place of 3\\)"):
+        check_same(Placement(good.student, (("0",), ("1",))), layers, 2)
+    with pytest.raises(ValueError, match="a plan of another student \\('conv' in place of '1'\\)"):
+        check_same(Placement((("0",), ("conv",)), good.teacher), layers, 2)

@@ -1,0 +1,134 @@
+"""A student stage that keeps its inputs only and runs again in the backward gives the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_tspipe.layers import Layer
+from lightning_tspipe.stage import Stage
+from tests.multiproc import result_of
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Sequential:
+    """Batch norms, dropouts, and an in-place layer at the beginning."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.ReLU(inplace=True), nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Dropout(0.3),
+        nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(), nn.Linear(16, 5),
+    )  # fmt: skip
+
+
+def stage(layers: nn.Module, first: bool = False, **options: Any) -> Stage:
+    named = [Layer(name, layer) for name, layer in layers.named_children()]
+    return Stage(named, [], 1, first, CPU, 5, **options)
+
+
+def numbers(first: bool, split: bool, autocast: bool, **options: Any) -> list[Tensor]:
+    """All that a step leaves behind: two microbatches of two views, in another order backward than forward."""
+    layers = network()
+    work = stage(layers, first, **options)
+    source = torch.Generator().manual_seed(1)
+    found: list[Tensor] = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for q in range(2):
+            found += work.student_forward((1, q), [torch.randn(3 + q, 3, 6, 6, generator=source) for _ in range(2)])
+        for q in (1, 0):
+            given = [torch.randn(3 + q, 5, generator=source).to(found[0].dtype) for _ in range(2)]
+            found += (work.backward_inputs if split else work.backward)((1, q), given)
+            found.append(torch.rand(2))  # what a function that draws in the backward would get
+        for q in range(2):
+            if split:
+                work.backward_weights((1, q))
+    work.norms["student"].commit(1)
+    work.close()
+    return [*found, *(p.grad for p in layers.parameters() if p.grad is not None), *layers.buffers()]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_number_is_that_without_it(autocast: bool) -> None:
+    def compare() -> str:
+        for first, split in itertools.product((False, True), repeat=2):
+            expected = numbers(first, split, autocast)
+            found = numbers(first, split, autocast, recompute=True)
+            assert len(expected) == 4 + 2 + 4 * (not first) + 10 + 6
+            for place, pair in enumerate(zip(found, expected, strict=True)):
+                assert torch.equal(*pair), (first, split, place)
+        return "same"
+
+    assert result_of(compare) == "same"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_it_holds_the_inputs_only(recompute: bool) -> None:
+    """Bytes that autograd keeps between forward and backward, parameters left aside."""
+
+    def held() -> tuple[int, int]:
+        layers = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(8)))
+        parameters = {p.data_ptr() for p in layers.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in parameters:
+                kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        x = torch.randn(32, 16)
+        work = stage(layers, recompute=recompute)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            (out,) = work.student_forward((1, 0), [x])
+        work.backward((1, 0), [torch.ones_like(out)])
+        return sum(kept.values()), x.nbytes
+
+    bytes_, each = result_of(held)
+    assert bytes_ == (1 if recompute else 9) * each  # the input, and without recomputation eight activations
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_layers_run_twice_and_not_more(split: bool) -> None:
+    """So hooks of the user fire twice. A backward in parts would otherwise run them once for each of its parts."""
+
+    def calls() -> int:
+        layers = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+        seen: list[int] = []
+        layers[0].register_forward_hook(lambda *_: seen.append(1))
+        work = stage(layers, recompute=True)
+        (out,) = work.student_forward((1, 0), [torch.ones(1, 2)])
+        if split:
+            work.backward_inputs((1, 0), [out])
+            work.backward_weights((1, 0))
+        else:
+            work.backward((1, 0), [out])
+        assert all(parameter.grad is not None for parameter in layers.parameters())
+        return len(seen)
+
+    assert result_of(calls) == 2
+
+
+class Counts(nn.Module):
+    """Assigns a buffer anew in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return x * self.calls
+
+
+@pytest.mark.parametrize("layer", [Counts(), nn.InstanceNorm1d(2, track_running_stats=True)])
+def test_layers_that_would_count_twice_are_refused(layer: nn.Module) -> None:
+    x = torch.rand(1, 2, 3)
+    layers = nn.Sequential(copy.deepcopy(layer))
+    stage(layers).student_forward((1, 0), [x])
+    name = type(layer).__name__
+    with pytest.raises(ValueError, match=rf"a {name} of stage 1 changes its buffer .* Use recompute=False"):
+        stage(layers, recompute=True).student_forward((1, 0), [x])
