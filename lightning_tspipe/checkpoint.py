@@ -72,7 +72,7 @@ class Shards:
                 if self._stage and self._holds(name):
                     swap(tensor, value)  # nothing is written to pages that forked processes still share
             if not self._holds(name):
-                pass
+                release(tensor)
             elif state_of(tensor) == LENT:
                 swap(tensor, tensor.detach().clone())
         materialize(self._module, self._holds, seed, follows)

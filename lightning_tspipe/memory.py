@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ OWN, EMPTY = "own", "empty"  # only what `state_of` gives
 LENT = "lent"  # its memory is that of a state dict, so perhaps of a file of which nothing has been read yet
 GIVEN = "given"  # it took the place of a parameter, so its values count
 RELEASED = "released"  # another rank holds it
+DROPPED = "dropped"  # it has no memory, and a constructor wanted to give it values, outside of `reset_parameters`
+_RESETS = ("reset_parameters", "_reset_parameters")  # nn.MultiheadAttention has it under a private name only
 
 
 def state_of(tensor: Tensor) -> str:
@@ -117,6 +120,9 @@ class _Lend(TorchFunctionMode):
                 self._places.add(value.data_ptr())
                 swap(target, value, LENT)
             return target
+        is_empty = bool(args) and isinstance(args[0], nn.Parameter) and state_of(args[0]) == EMPTY
+        if is_empty and _writes(func) and not _within_reset():
+            vars(args[0])[MARK] = DROPPED
         return func(*args, **(kwargs or {}))
 
     def _borrows(self, target: Tensor, source: Tensor) -> bool:
@@ -125,6 +131,29 @@ class _Lend(TorchFunctionMode):
         if id(target) in self._also or state_of(target) == LENT:
             return target.is_meta or source.device == target.device
         return isinstance(target, nn.Parameter) and state_of(target) == EMPTY
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function is one of torch's that end with an underscore because they write into their first argument."""
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+
+
+def _within_reset() -> bool:
+    """Whether the caller is in a method that `materialize` will call: that of a module with parameters of its own."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self") if frame.f_code.co_name in _RESETS else None
+        if isinstance(owner, nn.Module) and any(True for _ in owner.parameters(recurse=False)):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def dropped(module: nn.Module, follows: Collection[int] = ()) -> list[str]:
+    """The names of parameters that will begin as `reset_parameters` has them, and not as a constructor wanted."""
+    found = module.named_parameters()
+    return [n for n, p in found if p.is_meta and id(p) not in follows and vars(p).get(MARK) == DROPPED]
 
 
 def without_values(module: nn.Module, follows: Collection[int] = ()) -> Iterator[str]:
@@ -196,8 +225,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def _reset_of(module: nn.Module) -> Callable[[], None] | None:
-    # nn.MultiheadAttention has it under a private name only
-    for name in ("reset_parameters", "_reset_parameters"):
+    for name in _RESETS:
         if callable(reset := getattr(module, name, None)):
             return reset  # type: ignore[no-any-return]
     return None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_tspipe import _lightning
-from lightning_tspipe.memory import RELEASED, state_of, without_values
+from lightning_tspipe.memory import RELEASED, dropped, state_of, without_values
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.recording import is_compiled, tensors_of
 
@@ -127,7 +127,10 @@ def followed(module: TeacherStudentModule) -> dict[int, Tensor]:
 
 
 def check_values(module: TeacherStudentModule) -> None:
-    """Raises MisconfigurationException for tensors without memory whose values can come from nowhere."""
+    """Raises MisconfigurationException for tensors without memory whose values can come from nowhere.
+
+    Warns, on rank 0, of those whose values are not what their constructor wanted.
+    """
     for name, tensor in tensors_of(module).items():
         if state_of(tensor) == RELEASED:
             raise MisconfigurationException(
@@ -148,6 +151,12 @@ def check_values(module: TeacherStudentModule) -> None:
             f"{names[0]!r} was built without memory, and {type(owner).__name__} has no `reset_parameters` to give it "
             f"values ({len(names)} such tensor(s) in all). Write that method, load a state dict, or build the module "
             "outside of `configure_model` and `init_module(empty_init=True)`."
+        )
+    if names := dropped(module, followed(module)):
+        rank_zero_warn(
+            f"{names[0]!r} was built without memory, so what its constructor gave it is lost ({len(names)} such "
+            "parameter(s) in all): it begins as `reset_parameters` of its own module makes it. Load a state dict, "
+            "write the values in that method, or build the module outside of `configure_model` and `init_module`."
         )
 
 

@@ -15,7 +15,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
-from lightning_tspipe.memory import EMPTY, LENT, OWN, state_of
+from lightning_tspipe.memory import EMPTY, LENT, OWN, dropped, release, state_of, without_memory
+from lightning_tspipe.refuse import check_values
 from tests.scripts.small import loader, network, trainer, weights
 from tests.scripts.zygote import Zygote
 
@@ -320,6 +321,37 @@ def test_values_that_can_come_from_nowhere_are_refused_on_every_rank(trained: di
             assert "Write that method, load a state dict" in rank["no reset"]
             assert "The teacher is frozen, and nothing was loaded into its '0.weight'" in rank["no values"]
             assert "Load its weights where it is built" in rank["no values"]
+
+
+class Wished(nn.Sequential):
+    """Gives its layers other values than they give themselves."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(2, 2), nn.MultiheadAttention(2, 1), nn.Linear(2, 2))
+        nn.init.ones_(self[0].weight)
+        nn.init.kaiming_normal_(self[2].weight)
+
+
+def test_what_a_constructor_wanted_is_known() -> None:
+    with without_memory():
+        network = Wished()
+    assert dropped(network) == ["0.weight", "2.weight"]
+    network.load_state_dict(Wished().state_dict(), assign=True)
+    assert dropped(network) == []
+
+
+def test_rank_0_warns_of_what_a_constructor_wanted() -> None:
+    with without_memory(L.LightningModule):
+        module = Distil(build=Wished, momentum=0.5)
+    with pytest.warns(UserWarning, match=r"'student.0.weight' was built without memory, so .* is lost \(2 such"):
+        check_values(module)
+
+
+def test_a_module_of_a_failed_run_is_refused() -> None:
+    module = Distil()
+    release(module.student[2].weight)
+    with pytest.raises(MisconfigurationException, match=r"'student.2.weight' is lost: .* Build the module anew"):
+        check_values(module)
 
 
 @pytest.fixture(scope="module")
