@@ -36,8 +36,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, stream)
                 stream.flush()
-            except RuntimeError as error:  # torch hides what the system said, such as that the disk is full
-                raise _os_error(error) or error from error
+            except RuntimeError as error:  # torch hides what came before: the disk is full, or Ctrl-C
+                raise _hidden(error) or error from error
             os.fsync(stream.fileno())
 
     @override
@@ -73,9 +73,9 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _os_error(error: BaseException) -> OSError | None:
+def _hidden(error: BaseException) -> BaseException | None:
     cause = error.__cause__ or error.__context__
-    return cause if cause is None or isinstance(cause, OSError) else _os_error(cause)
+    return cause if cause is None or isinstance(cause, OSError | KeyboardInterrupt) else _hidden(cause)
 
 
 @contextmanager

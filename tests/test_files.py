@@ -104,3 +104,36 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_ctrl_c_in_the_middle_of_a_write_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's writer then finds that its positions do not fit, and would hide that the user has pressed a key."""
+    file = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, file)
+    opened = Path.open
+
+    class Stream:
+        def __init__(self, file: Any) -> None:
+            self.file, self.count = file, 0
+
+        def write(self, data: Any) -> int:
+            self.count += 1
+            if self.count == 3:
+                raise KeyboardInterrupt
+            return self.file.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            self.file.close()
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Stream(opened(path, mode)))
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint({"step": 2, "tensor": torch.ones(10_000)}, file)
+    monkeypatch.undo()
+    assert torch.load(file) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -23,7 +23,7 @@ from lightning_tspipe.placement import Placement
 from lightning_tspipe.recording import tensors_of
 from tests.benchmarks.processes import run_forked
 
-ROWS, MICROBATCHES, IMAGE_SIZE = 32, 4, 96
+ROWS, MICROBATCHES, IMAGE_SIZE = 16, 4, 64
 STAGES = (2, 3, 4)
 TEACHERS = {"resnet50": resnet50, "vit_b_16": vit_b_16}
 TIMEOUT_S = 300.0
