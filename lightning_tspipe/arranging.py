@@ -21,7 +21,7 @@ from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.partition import Balance, Layers, Partition, chosen, explicit_cuts, find_layers
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.placing import Placer, check_same, named
-from lightning_tspipe.plan import most_in_memory
+from lightning_tspipe.plan import Planner, estimate_costs, most_in_memory
 from lightning_tspipe.taps import TapError
 from lightning_tspipe.topology import Topology
 
@@ -67,7 +67,7 @@ class Arrangement:
         self._trainer, self._module, self._topology, self._comm = trainer, module, topology, comm
         self._device = trainer.strategy.root_device
         self._limit = _limit(self._device, max_memory)
-        self._broadcast = broadcast
+        self._broadcast, self._microbatches = broadcast, microbatches
         source = None if module.momentum is None else module.ema_source()
         cuts = {} if isinstance(balance, Placement) else explicit_cuts(balance, source is not None)
         examples = Examples(trainer, module, broadcast)
@@ -110,8 +110,25 @@ class Arrangement:
         placement = Placement.parse(self._broadcast(text))
         return layers.cut(*placement.sizes), placement
 
+    def planner(self, schedule: str, recompute: bool, post_ahead: int, resumed: int | None) -> Planner:
+        """What plans the steps.
+
+        Args:
+            schedule, recompute: what the user asked for.
+            post_ahead: see `Planner`.
+            resumed: microbatches per batch of the run that is resumed.
+        """
+        module = self._module
+        lookahead = module.momentum is None or module.teacher_delay != 0
+        costs = self.placement.costs or estimate_costs(self.parts, recompute)
+        planner = Planner(costs, lookahead, module.loss_over, schedule, post_ahead, max_held=self._max_held)
+        if self._microbatches == "auto":
+            found = self.placement.microbatches or planner.microbatches
+            planner.microbatches = found if resumed is None else resumed
+        return planner
+
     @property
-    def max_held(self) -> tuple[int, ...] | None:
+    def _max_held(self) -> tuple[int, ...] | None:
         """How many microbatches fit on each rank; None for any number."""
         if not self.placement.held or self._limit == math.inf:
             return None

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_tspipe import tree
 from lightning_tspipe.comm import Comm
+from lightning_tspipe.memory import LENT, OWN, materialize, release, state_of, swap, trim
 from lightning_tspipe.recording import extra_states_of, tensors_of
 from lightning_tspipe.replicas import Replicas
 
@@ -49,26 +51,56 @@ class Shards:
     def _last(self) -> int:
         return 0 if self._comm is None else self._comm.stages - 1
 
-    def spread(self) -> None:
-        """Let every rank begin with rank 0's values, as DDP does: the processes may have built them differently."""
-        if self._comm is not None:
-            with torch.no_grad():
-                for tensor in tensors_of(self._module).values():
-                    tensor.copy_(self._comm.share(tensor.detach(), 0))
+    def take_own(self, seed: int, follows: Mapping[int, Tensor]) -> None:
+        """Let this rank hold its own tensors, and give back the memory of the others.
+
+        Values are rank 0's, as in DDP: the processes may have built them differently. Tensors that were loaded into a
+        module without memory are read by their owners instead, and those without values are made by them.
+
+        Args:
+            seed: of the job, for tensors that are made.
+            follows: see `materialize`.
+        """
+        tensors = {id(tensor): (name, tensor) for name, tensor in reversed(tensors_of(self._module).items())}
+        unique = dict(tensors.values())
+        sent = self._sent_by_first(unique)
+        for name, tensor in unique.items():
+            owner = self._owners.get(name)
+            if self._comm is not None and name in sent and owner != 0:
+                receivers = None if owner is None else [owner]
+                value = self._comm.share(None if self._stage else tensor.detach(), 0, receivers)
+                if self._stage and self._holds(name):
+                    swap(tensor, value)  # nothing is written to pages that forked processes still share
+            if not self._holds(name):
+                release(tensor)
+            elif state_of(tensor) == LENT:
+                swap(tensor, tensor.detach().clone())
+        materialize(self._module, self._holds, seed, follows)
         if self._replicas is not None:
-            self._replicas.spread(tensors_of(self._module).values())
+            self._replicas.spread(tensor for tensor in unique.values() if not tensor.is_meta)
+        trim()
+
+    def _holds(self, name: str) -> bool:
+        return self._owners.get(name, self._stage) == self._stage
+
+    def _sent_by_first(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """The names of what rank 0 sends: what it has values of, but for what both sides have loaded."""
+        if self._comm is None:
+            return set()
+        mine = {name: state_of(tensor) for name, tensor in tensors.items()}
+        theirs = self._comm.gather({name: state for name, state in mine.items() if self._holds(name)})
+        sent = [
+            name
+            for name, state in mine.items()
+            if state == OWN or (state == LENT and any(states.get(name, LENT) != LENT for states in theirs or ()))
+        ]
+        return set(self._comm.share(sent, 0))
 
     def to(self, device: torch.device) -> None:
         """Move what this rank holds."""
         for tensor in tensors_of(self._module).values():
             if not tensor.is_meta and tensor.device != device:
-                _swap(tensor, tensor.detach().to(device))
-
-    def release(self) -> None:
-        """Give back the memory of other ranks' tensors; names, shapes and the identity of the objects stay."""
-        for name, tensor in tensors_of(self._module).items():
-            if self._owners.get(name, self._stage) != self._stage and not tensor.is_meta:
-                _swap(tensor, torch.empty_like(tensor, device="meta"))
+                swap(tensor, tensor.detach().to(device))
 
     def restore(self, optimizers: Sequence[Optimizer], groups: Groups) -> None:
         """Give every rank every tensor, in host memory where it was another rank's.
@@ -90,7 +122,7 @@ class Shards:
             if name in self._owners and self._comm is not None:
                 value = self._comm.share(tensor.detach() if self.is_mine(name) else None, self._owners[name])
                 if tensor.is_meta:
-                    _swap(tensor, value.to("cpu", copy=True))
+                    swap(tensor, value.to("cpu", copy=True))
         for name, child in extra_states_of(self._module).items():
             if self._comm is not None:
                 mine = self.is_mine(name)
@@ -185,17 +217,19 @@ class Shards:
         Raises:
             ValueError: it was made with other parameter groups.
         """
-        sizes, found = [len(names) for names in groups], [len(group["params"]) for group in state["param_groups"]]
-        if sizes != found:
+        sizes, given = [len(names) for names in groups], [len(group["params"]) for group in state["param_groups"]]
+        if sizes != given:
             raise ValueError(
-                f"The checkpoint's optimizer has groups of {found} parameters, configure_optimizers gives groups of "
+                f"The checkpoint's optimizer has groups of {given} parameters, configure_optimizers gives groups of "
                 f"{sizes}. Give the groups that the checkpoint was made with, or load the weights alone "
                 "(`load_from_checkpoint`) and begin a new training."
             )
         order = [name for group in groups for name in group]
         mine = [name for name in order if self.is_mine(name)]
         keys = dict(zip(order, (key for group in state["param_groups"] for key in group["params"]), strict=True))
-        parts = {index: state["state"][keys[name]] for index, name in enumerate(mine) if keys[name] in state["state"]}
+        found = {index: state["state"].get(keys[name]) for index, name in enumerate(mine)}
+        # copied, since the file that these may still be in can change
+        parts = {index: tree.map_tensors(part, torch.clone) for index, part in found.items() if part is not None}
         counter = iter(range(len(mine)))
         saved = [
             {**group, "params": [next(counter) for name in names if self.is_mine(name)]}
@@ -241,11 +275,3 @@ def by_names(state: Mapping[str, Any], groups: Groups) -> dict[str, Any]:
         "state": {names[key]: value for key, value in state["state"].items()},
         "param_groups": [{**group, "params": part} for group, part in zip(state["param_groups"], groups, strict=True)],
     }
-
-
-def _swap(tensor: Tensor, value: Tensor) -> None:
-    """Replace what a tensor object holds; optimizers and modules that refer to the object see the new value."""
-    replacement: Tensor = value
-    if isinstance(tensor, nn.Parameter):
-        replacement = nn.Parameter(value, requires_grad=tensor.requires_grad)
-    torch.utils.swap_tensors(tensor, replacement)  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from datetime import timedelta
 from typing import Any, cast
 
@@ -333,9 +333,13 @@ class Comm:
             below_out.send(key, [vector])
         return vector.clone()  # what is under way must not be changed
 
-    def share(self, value: Any, source: int) -> Any:
-        """Give every rank a rank's tree of tensors and constants; the others' `value` is ignored. Not for hot paths."""
-        if self.stages == 1:
+    def share(self, value: Any, source: int, receivers: Iterable[int] | None = None) -> Any:
+        """Give ranks, by default all, a rank's tree of tensors and constants; their own `value` is ignored.
+
+        Not for hot paths. Ranks that are no receivers may leave the call out.
+        """
+        others = [peer for peer in (range(self.stages) if receivers is None else receivers) if peer != source]
+        if self.stage not in (source, *others):
             return value
         tag = 1 + LINES.index("share")
         if self.stage != source:
@@ -346,7 +350,7 @@ class Comm:
             return tree.unflatten([buffer.to(self.device) for buffer in buffers], structure)
         leaves, structure = tree.flatten(value)
         buffers = [leaf.detach().cpu().contiguous() for leaf in leaves]
-        for peer in (others := [peer for peer in range(self.stages) if peer != source]):
+        for peer in others:
             Line(self, "share", peer).send((structure, shapes_of(leaves)))
         send = self.control.send
         for work, peer in [(self.start(send, b, peer, peer, tag), peer) for peer in others for b in buffers]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             except RuntimeError as error:  # torch hides what came before: the disk is full, or Ctrl-C
                 raise _hidden(error) or error from error
             os.fsync(stream.fileno())
+
+    @override
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Any = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Of a local file, a tensor is read when it is used: ranks that need a part do not hold the whole."""
+        system, name = url_to_fs(str(path))
+        if not isinstance(system, LocalFileSystem) or not zipfile.is_zipfile(name):
+            return super().load_checkpoint(path, map_location, weights_only)
+        checkpoint: dict[str, Any] = torch.load(name, map_location, weights_only=weights_only, mmap=True)
+        return checkpoint
 
 
 def beside(path: Path, purpose: str) -> Path:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_tspipe._lightning import accumulates
 from lightning_tspipe.arguments import run_network
+from lightning_tspipe.memory import lend
 from lightning_tspipe.taps import problem_with, run_tapped, taken_apart, uncalled
 from lightning_tspipe.teacher import Momentum, MomentumTeacher, check_momentum, pair_parameters, teacher_version
 
@@ -141,6 +142,12 @@ class TeacherStudentModule(pl.LightningModule):
             self._momentum_teacher.advance(step - 1, step - 1)  # the optimizer is about to replace this student
         student_out = _run_views(self.student, self.student_input(batch), self.student_taps)
         return run_loss(self, student_out, teacher_out, self.target(batch))
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; parameters without memory get that of the state dict."""
+        with lend():
+            return super().load_state_dict(state_dict, strict, assign)
 
     def version_of(self, step: int, default_delay: int) -> int:
         """The version of the teacher that optimizer step `step` uses (`teacher.teacher_version`)."""

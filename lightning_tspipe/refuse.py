@@ -13,11 +13,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_tspipe import _lightning
+from lightning_tspipe.memory import RELEASED, dropped, state_of, without_values
 from lightning_tspipe.module import TeacherStudentModule
-from lightning_tspipe.recording import is_compiled
+from lightning_tspipe.recording import is_compiled, tensors_of
 
 _AVERAGES = "it averages the whole model, which no rank holds. Average the saved checkpoints instead"
 _FINETUNES = "it adds parameter groups while training. Give all groups in configure_optimizers"
@@ -113,6 +115,49 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, devices: int,
     """Raises MisconfigurationException for a module, Trainer flag or callback that does not work in a pipeline."""
     for reason in _reasons(trainer, module, devices, stages):
         raise MisconfigurationException(f"strategy='tspipe' cannot run this: {reason}.")
+
+
+def followed(module: TeacherStudentModule) -> dict[int, Tensor]:
+    """What each tensor of a momentum teacher, by identity, begins as, if it has no values of its own."""
+    if module.momentum is None:
+        return {}
+    sources = tensors_of(module.ema_source())
+    pairs = {name: (t, sources[name]) for name, t in tensors_of(module.teacher).items() if name in sources}
+    return {id(tensor): source for tensor, source in pairs.values() if tensor.shape == source.shape}
+
+
+def check_values(module: TeacherStudentModule) -> None:
+    """Raises MisconfigurationException for tensors without memory whose values can come from nowhere.
+
+    Warns, on rank 0, of those whose values are not what their constructor wanted.
+    """
+    for name, tensor in tensors_of(module).items():
+        if state_of(tensor) == RELEASED:
+            raise MisconfigurationException(
+                f"{name!r} is lost: a run of this module has failed, and another rank held it. Build the module anew, "
+                "or pass `ckpt_path`."
+            )
+    if module.momentum is None:
+        for name, tensor in module.teacher.state_dict().items():
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                raise MisconfigurationException(
+                    f"The teacher is frozen, and nothing was loaded into its {name!r}, so it would be random. Load its "
+                    "weights where it is built, by `self.teacher.load_state_dict(torch.load(file, mmap=True))`; or, if "
+                    "a random teacher is meant, build it in `__init__`, outside of `init_module`."
+                )
+    if names := list(without_values(module, followed(module))):
+        owner = module.get_submodule(names[0].rpartition(".")[0])
+        raise MisconfigurationException(
+            f"{names[0]!r} was built without memory, and {type(owner).__name__} has no `reset_parameters` to give it "
+            f"values ({len(names)} such tensor(s) in all). Write that method, load a state dict, or build the module "
+            "outside of `configure_model` and `init_module(empty_init=True)`."
+        )
+    if names := dropped(module, followed(module)):
+        rank_zero_warn(
+            f"{names[0]!r} was built without memory, so what its constructor gave it is lost ({len(names)} such "
+            "parameter(s) in all): it begins as `reset_parameters` of its own module makes it. Load a state dict, "
+            "write the values in that method, or build the module outside of `configure_model` and `init_module`."
+        )
 
 
 def warn_of_low_momentum(module: TeacherStudentModule) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -17,7 +20,9 @@ from lightning_tspipe.checkpoint import KEY, Generators, Groups, Shards, by_name
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.files import AtomicCheckpointIO
 from lightning_tspipe.fitting import Fitting
+from lightning_tspipe.memory import lend, without_memory
 from lightning_tspipe.processes import ProcessStrategy
+from lightning_tspipe.recording import tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +122,24 @@ class CheckpointStrategy(ProcessStrategy):
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         self._resumed = checkpoint.get(KEY, {})
         return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        # before the set-up nobody knows which part of the file this rank needs
+        with lend(tensors_of(self.lightning_module).values() if self._shards is None else ()):
+            super().load_model_state_dict(checkpoint, strict)
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """As in FSDPStrategy: values come in `setup`. Unasked, what `configure_model` builds has none before either."""
+        module = self.lightning_module
+        configures = module is not None and module.trainer.state.status == TrainerStatus.RUNNING
+        empty = configures if empty_init is None else empty_init
+        memory = without_memory(pl.LightningModule) if empty else nullcontext()
+        with memory, self.precision_plugin.tensor_init_context():
+            yield
 
     @property
     def _is_sharded(self) -> bool:

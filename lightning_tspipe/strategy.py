@@ -36,7 +36,7 @@ from lightning_tspipe.fitting import Fitting
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.partition import Balance, Partition
 from lightning_tspipe.placement import Placement
-from lightning_tspipe.plan import Planner, check_plan_arguments, estimate_costs
+from lightning_tspipe.plan import check_plan_arguments
 from lightning_tspipe.refuse import (
     SEVERAL_OPTIMIZERS,
     check_compile,
@@ -44,6 +44,8 @@ from lightning_tspipe.refuse import (
     check_optimizers,
     check_strategy_arguments,
     check_trainer,
+    check_values,
+    followed,
     warn_of_low_momentum,
 )
 from lightning_tspipe.replicas import Replicas
@@ -157,6 +159,7 @@ class TSPipeStrategy(CheckpointStrategy):
         check_compile(self._compile, self._schedule, self.root_device)
         module = self._module
         module.check_networks()
+        check_values(module)
         self.model = self.precision_plugin.convert_module(module)
         module.train(module.training)  # gives the teacher its own mode
         self._connect(topology)
@@ -167,8 +170,7 @@ class TSPipeStrategy(CheckpointStrategy):
         parts = arrangement.parts
         self._shards = Shards(module, parts.owners(), topology.stage, self._comm, self._replicas)
         self._seed = self._resumed.get("seed", self.broadcast(torch.initial_seed()))
-        self._shards.spread()
-        self._shards.release()
+        self._shards.take_own(self._seed, followed(module))
         self.model_to_device()
         mine = parts.runs("student", topology.stage), parts.runs("teacher", topology.stage)
         joint = None if self._replicas is None or self._layer_sync is None else self._replicas.joint
@@ -179,14 +181,9 @@ class TSPipeStrategy(CheckpointStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             warn_of_low_momentum(module)
             self.setup_optimizers(trainer)
-            lookahead = module.momentum is None or module.teacher_delay != 0
             post_ahead = 0 if self._comm is None else self._comm.post_ahead
-            costs = self.placement.costs or estimate_costs(parts, self._recompute)
-            held = arrangement.max_held
-            planner = Planner(costs, lookahead, module.loss_over, self._schedule, post_ahead, max_held=held)
-            if self._microbatches == "auto":  # a resumed run goes on with the number that it had
-                found = self.placement.microbatches or planner.microbatches
-                planner.microbatches = self._resumed.get("microbatches", found)
+            resumed = self._resumed.get("microbatches")  # a resumed run goes on with the number that it had
+            planner = arrangement.planner(self._schedule, self._recompute, post_ahead, resumed)
             self._chosen = planner.microbatches if self._microbatches == "auto" else self._microbatches
             self.placement = replace(self.placement, microbatches=self._chosen)
             self._fitting = Fitting(

@@ -20,8 +20,8 @@ ORDER = (
     # stdlib only
     *("errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"),
     # what a network and its schedule are
-    *("tree", "arguments", "taps", "batchnorm", "recording", "steps", "trace", "balance", "layers", "partition"),
-    *("teacher", "plan", "split", "reach"),
+    *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
+    *("partition", "teacher", "plan", "split", "reach"),
     # one rank at work
     *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "lossside", "checkpoint", "runtime"),
     *("measure", "placing"),
