@@ -91,14 +91,22 @@ def test_it_holds_the_inputs_only(recompute: bool) -> None:
     assert bytes_ == (1 if recompute else 9) * each  # the input, and without recomputation eight activations
 
 
-def test_hooks_fire_again() -> None:
+@pytest.mark.parametrize("split", [False, True])
+def test_layers_run_twice_and_not_more(split: bool) -> None:
+    """So hooks of the user fire twice. A backward in parts would otherwise run them once for each of its parts."""
+
     def calls() -> int:
-        layers = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+        layers = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
         seen: list[int] = []
         layers[0].register_forward_hook(lambda *_: seen.append(1))
         work = stage(layers, recompute=True)
         (out,) = work.student_forward((1, 0), [torch.ones(1, 2)])
-        work.backward((1, 0), [out])
+        if split:
+            work.backward_inputs((1, 0), [out])
+            work.backward_weights((1, 0))
+        else:
+            work.backward((1, 0), [out])
+        assert all(parameter.grad is not None for parameter in layers.parameters())
         return len(seen)
 
     assert result_of(calls) == 2
