@@ -93,6 +93,12 @@ def check_compile(options: Mapping[str, Any] | None, schedule: str, device: torc
             "compile=True needs a C++ compiler on CPU, and there is none: install g++, or name one by the environment "
             'variable CXX, or use compile={"backend": "aot_eager"}, which needs none, or compile=False.'
         )
+    graphs = options.get("mode") in ("reduce-overhead", "max-autotune")
+    if device.type == "cuda" and (graphs or (options.get("options") or {}).get("triton.cudagraphs")):
+        raise MisconfigurationException(
+            "compile with CUDA graphs: they write the outputs of every call to the same place, and a pipeline holds those "
+            'of several microbatches. Use compile=True, or {"mode": "max-autotune-no-cudagraphs"}.'
+        )
     if schedule in ("afab-split", "zb") and backend != "eager":
         rank_zero_warn(
             f"schedule={schedule!r} splits the backward, but that of a compiled stage is one piece: it runs with the "

@@ -211,6 +211,12 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         check_compile(options, "auto", CPU)
 
 
+@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}])
+def test_cuda_graphs_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(MisconfigurationException, match=r"holds those of several .* no-cudagraphs"):
+        check_compile(options, "auto", torch.device("cuda"))
+
+
 def test_a_split_backward_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="splits the backward, but that of a compiled stage is one piece"):
         check_compile({"backend": "aot_eager"}, "zb", CPU)
