@@ -96,8 +96,8 @@ def check_compile(options: Mapping[str, Any] | None, schedule: str, device: torc
     graphs = options.get("mode") in ("reduce-overhead", "max-autotune")
     if device.type == "cuda" and (graphs or (options.get("options") or {}).get("triton.cudagraphs")):
         raise MisconfigurationException(
-            "compile with CUDA graphs: they write the outputs of every call to the same place, and a pipeline holds those "
-            'of several microbatches. Use compile=True, or {"mode": "max-autotune-no-cudagraphs"}.'
+            "compile with CUDA graphs: they write the outputs of every call to the same place, and a pipeline holds "
+            'those of several microbatches. Use compile=True, or {"mode": "max-autotune-no-cudagraphs"}.'
         )
     if schedule in ("afab-split", "zb") and backend != "eager":
         rank_zero_warn(

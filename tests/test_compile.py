@@ -213,7 +213,7 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}])
 def test_cuda_graphs_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(MisconfigurationException, match=r"holds those of several .* no-cudagraphs"):
+    with pytest.raises(MisconfigurationException, match=r"holds those of several .*no-cudagraphs"):
         check_compile(options, "auto", torch.device("cuda"))
 
 
