@@ -1,6 +1,6 @@
 """The private names of Lightning, but for its loaders; `tests/test_lightning.py` holds them.
 
-No file but this one, `_loaders.py` and `_metrics.py` touches private names.
+No file but this one, `_loaders.py`, `_metrics.py` and `recording.py` (torch's fake tensors) touches private names.
 """
 
 from __future__ import annotations

@@ -68,17 +68,12 @@ def check_strategy_arguments(
         raise ValueError(f"recompute={recompute!r}: give True or False")
 
 
-def check_compile_arguments(compile: object, recompute: bool) -> dict[str, Any] | None:
+def check_compile_arguments(compile: object) -> dict[str, Any] | None:
     """What the strategy's `compile` means: keyword arguments of torch.compile, or None.
 
     Raises:
-        ValueError: it means nothing, or would meet with recomputation.
+        ValueError: it means nothing.
     """
-    if recompute and compile is not False:
-        raise ValueError(
-            "recompute=True and compile cannot go together: a compiled stage saves other tensors than the one that "
-            "runs again. Choose one of them; torch.compile itself recomputes what costs little."
-        )
     if isinstance(compile, bool):
         return {} if compile else None
     known = [name for name in inspect.signature(torch.compile).parameters if name != "model"]
@@ -103,6 +98,12 @@ def check_compile(options: Mapping[str, Any] | None, schedule: str, device: torc
         raise MisconfigurationException(
             "compile=True needs a C++ compiler on CPU, and there is none: install g++, or name one by the environment "
             'variable CXX, or use compile={"backend": "aot_eager"}, which needs none, or compile=False.'
+        )
+    graphs = options.get("mode") in ("reduce-overhead", "max-autotune")
+    if device.type == "cuda" and (graphs or (options.get("options") or {}).get("triton.cudagraphs")):
+        raise MisconfigurationException(
+            "compile with CUDA graphs: they write the outputs of every call to the same place, and a pipeline holds "
+            'those of several microbatches. Use compile=True, or {"mode": "max-autotune-no-cudagraphs"}.'
         )
     if schedule in ("afab-split", "zb") and backend != "eager":
         rank_zero_warn(

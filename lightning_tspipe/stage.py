@@ -75,7 +75,7 @@ class Stage:
         self.norms: dict[Network, DeferredBatchNorm] = {
             network: DeferredBatchNorm(layers, joint) for network, layers in self._layers.items()
         }
-        self._recompute = recompute
+        self._recompute, self._is_compiled = recompute, compile_options is not None
         self._checked = False  # that no layer of the student changes its buffers
         self._current: tuple[int, ...] = ()  # what the random numbers depend on
         names = {"student": [layer.name for layer in student], "teacher": [layer.name for layer in teacher]}
@@ -210,7 +210,8 @@ class Stage:
                 again = True
                 return self._pass("student", tree.unflatten(leaves, structure))
 
-        output = checkpoint(run, *leaves, use_reentrant=False)
+        # torch ends the second run by an exception when it has all it needs; what is compiled must not be left so
+        output = checkpoint(run, *leaves, use_reentrant=False, early_stop=not self._is_compiled)
         if before is not None:
             self._refuse_changed(before)
             self._checked = True

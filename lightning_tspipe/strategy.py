@@ -106,7 +106,7 @@ class TSPipeStrategy(CheckpointStrategy):
         check_plan_arguments(microbatches, schedule)
         self._balance = read_balance(balance)
         check_strategy_arguments(stages, max_memory, start_method, process_group_backend, state_dict_type, recompute)
-        self._recompute, self._compile = recompute, check_compile_arguments(compile, recompute)
+        self._recompute, self._compile = recompute, check_compile_arguments(compile)
         self._stages, self._microbatches, self._schedule, self._max_memory = stages, microbatches, schedule, max_memory
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
         self._signals: _lightning.SignalLink | None = None

@@ -133,6 +133,18 @@ class SyncNorm(Small):
         self.student = network(4, 8).append(nn.SyncBatchNorm(8))
 
 
+class Compiled(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = torch.compile(self.student)
+
+
+class CompiledInPlace(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher.compile()
+
+
 class Unfreezes(BaseFinetuning):
     def freeze_before_training(self, pl_module: Any) -> None:
         pass
@@ -171,6 +183,8 @@ REFUSED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], dict[s
     "training_step": (OverridesTrainingStep, {}, {}, "OverridesTrainingStep overrides training_step", "Write loss"),
     "dataloader_iter": (UsesDataloaderIter, {}, {}, "UsesDataloaderIter overrides training_step", "Write loss"),
     "SyncBatchNorm": (SyncNorm, {}, {}, "SyncBatchNorm", "Use BatchNorm"),
+    "compiled": (Compiled, {}, {}, "self.student has gone through torch.compile", "TSPipeStrategy(compile=True)"),
+    "compiled in place": (CompiledInPlace, {}, {}, "self.teacher has gone through", "Assign the network itself"),
     "too many stages": (Small, {}, {"stages": 4}, "stages=4 is more than the 2 device(s)", "Use devices=4"),
     "TransformerEngine": (
         Small, precision("TransformerEnginePrecision"), {}, "TransformerEnginePrecision replaces layers", "bf16-mixed"
@@ -366,6 +380,10 @@ def test_refused_module_arguments(options: dict[str, Any]) -> None:
         {"start_method": "thread"},
         {"state_dict_type": "half"},
         {"process_group_backend": "carrier-pigeon"},
+        {"recompute": "layers"},
+        {"recompute": 1},
+        {"compile": "inductor"},
+        {"compile": {"backends": "inductor"}},
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import os
 import re
 import sys
@@ -92,7 +93,8 @@ model:
 data:
   class_path: my_module.Data
 """
-STRATEGY = '{"class_path": "lightning_tspipe.TSPipeStrategy", "init_args": {"microbatches": 2}}'
+OPTIONS = {"microbatches": 2, "recompute": True, "compile": {"backend": "eager"}}
+STRATEGY = json.dumps({"class_path": "lightning_tspipe.TSPipeStrategy", "init_args": OPTIONS})
 COMMAND = ["-m", "lightning_tspipe.cli"]
 
 
