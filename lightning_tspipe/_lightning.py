@@ -133,13 +133,7 @@ def loader_of(trainer: pl.Trainer) -> Any:
 
     The trainer gets the same one when it asks next, so that the user's hook is called once.
     """
-    loops: dict[Any, Any] = {
-        TrainerFn.FITTING: trainer.fit_loop,
-        TrainerFn.VALIDATING: trainer.validate_loop,
-        TrainerFn.TESTING: trainer.test_loop,
-        TrainerFn.PREDICTING: trainer.predict_loop,
-    }
-    source = loops[trainer.state.fn]._data_source
+    source = _loader_source(trainer)
     found = _request_dataloader(source)
 
     def again() -> Any:
@@ -148,6 +142,21 @@ def loader_of(trainer: pl.Trainer) -> Any:
 
     source.dataloader = again
     return found
+
+
+def forget_loader(trainer: pl.Trainer) -> None:
+    """Undo `loader_of` if the trainer has not asked: what fails before leaves nothing to the next run."""
+    vars(_loader_source(trainer)).pop("dataloader", None)
+
+
+def _loader_source(trainer: pl.Trainer) -> Any:
+    loops: dict[Any, Any] = {
+        TrainerFn.FITTING: trainer.fit_loop,
+        TrainerFn.VALIDATING: trainer.validate_loop,
+        TrainerFn.TESTING: trainer.test_loop,
+        TrainerFn.PREDICTING: trainer.predict_loop,
+    }
+    return loops[trainer.state.fn]._data_source
 
 
 def skip_preparation(trainer: pl.Trainer, prepared: Callable[[Any], bool]) -> Callable[[], None]:

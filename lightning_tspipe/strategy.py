@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,6 +164,7 @@ class TSPipeStrategy(CheckpointStrategy):
         self.model = self.precision_plugin.convert_module(module)
         module.train(module.training)  # gives the teacher its own mode
         self._connect(topology)
+        self._undo.append(partial(_lightning.forget_loader, trainer))
         arrangement = Arrangement(
             trainer, module, topology, self._comm, self._balance, self._microbatches, self._max_memory, self.broadcast
         )
@@ -221,7 +223,8 @@ class TSPipeStrategy(CheckpointStrategy):
 
     def _patch(self, trainer: pl.Trainer, module: TeacherStudentModule) -> None:
         """`self.student(x)` and `self.teacher(x)` run through all stages; one pipeline is one replica."""
-        self._undo = [self._stage.close] if self._stage is not None else []
+        assert self._stage is not None
+        self._undo.append(self._stage.close)
         for _, metric in _metrics.metrics_of(module):
             if self._replicas is not None:
                 self._undo.append(_metrics.sync_within(metric, self._replicas.group))
@@ -232,7 +235,7 @@ class TSPipeStrategy(CheckpointStrategy):
             _lightning.forbid_distributed_sampler(trainer)
         if self._comm is None:
             return
-        assert self._stage is not None and self._partition is not None
+        assert self._partition is not None
         whole = WholeForward(self._stage, self._comm, self._partition, self._in_step, self._before_training)
         self._undo += [whole.take_over("student", module.student), whole.take_over("teacher", module.teacher)]
 

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_tspipe import _lightning
 from lightning_tspipe.example import Examples
 from tests.scripts.small import Small, loader, trainer
 
@@ -98,3 +99,26 @@ def test_example_input_array_comes_first() -> None:
 def test_a_stream_is_left_alone(data: Any, reason: str) -> None:
     with pytest.raises(MisconfigurationException, match=rf"{reason}.*self\.example_input_array"):
         examples(Small(), data).of("student")
+
+
+def test_a_loader_is_asked_for_once_and_not_kept_for_another_run() -> None:
+    """The trainer gets the one that was looked at; a run that failed before it asked leaves nothing to the next."""
+
+    class Counts(Data):
+        asked = 0
+
+        def train_dataloader(self) -> Any:
+            self.asked += 1
+            return super().train_dataloader()
+
+    data, module = Counts(), Small()
+    examples(module, datamodule=data)
+    source = module.trainer.fit_loop._data_source
+    looked_at = _lightning.loader_of(module.trainer)
+    assert _lightning.loader_of(module.trainer) is looked_at
+    assert source.dataloader() is looked_at
+    assert data.asked == 1
+    assert source.dataloader() is not looked_at
+    looked_at = _lightning.loader_of(module.trainer)
+    _lightning.forget_loader(module.trainer)
+    assert source.dataloader() is not looked_at
