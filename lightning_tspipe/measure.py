@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_tspipe import tree
 from lightning_tspipe.comm import Comm
+from lightning_tspipe.memory import made_up, swap
 from lightning_tspipe.recording import unchanged
-from lightning_tspipe.stage import writes_in_place
+from lightning_tspipe.stage import own_input
 
 ROUNDS = 4  # of which the fastest counts, pass by pass
 ENOUGH = 1.0  # seconds after which a layer is not run again
@@ -89,7 +90,7 @@ class Meter:
             best = math.inf
             begun = time.perf_counter()
             for _ in range(ROUNDS):
-                value = tree.map_tensors(view, torch.clone) if writes_in_place(layer) else view
+                value = own_input(layer, view)
                 start = self._now()
                 output = layer(value)
                 best = min(best, self._now() - start)
@@ -113,9 +114,7 @@ class Meter:
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             begun = time.perf_counter()
             for _ in range(ROUNDS):
-                value = tree.unflatten(leaves, structure)
-                if writes_in_place(layer):
-                    value = tree.map_tensors(value, torch.clone)
+                value = own_input(layer, tree.unflatten(leaves, structure))
                 start = self._now()
                 output = layer(value)
                 best[0] = min(best[0], self._now() - start)
@@ -128,9 +127,7 @@ class Meter:
                     best[place] = min(best[place], self._now() - start)
                 if time.perf_counter() - begun > ENOUGH:
                     break
-            value = tree.unflatten(leaves, structure)
-            if writes_in_place(layer):
-                value = tree.map_tensors(value, torch.clone)
+            value = own_input(layer, tree.unflatten(leaves, structure))
             known = before | {tensor.untyped_storage().data_ptr() for tensor in tensors}
             saved: dict[int, int] = {}
 
@@ -173,26 +170,18 @@ class Meter:
     @contextmanager
     def _borrowed(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Parameters on the device, and buffers that may change."""
-        copies = [(tensor, self._copy(tensor)) for tensor in tensors]
-        swaps = [(tensor, copy) for tensor, copy in copies if copy is not tensor]
-        for tensor, copy in swaps:
-            torch.utils.swap_tensors(tensor, copy)  # type: ignore[no-untyped-call]
+        old = [(tensor, swap(tensor, self._copy(tensor))) for tensor in tensors if not self._is_here(tensor)]
         try:
             yield
         finally:
-            for tensor, copy in swaps:
-                torch.utils.swap_tensors(tensor, copy)  # type: ignore[no-untyped-call]
+            for tensor, value in old:
+                torch.utils.swap_tensors(tensor, value)  # type: ignore[no-untyped-call]
+
+    def _is_here(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) and tensor.device == self._device
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        is_parameter = isinstance(tensor, nn.Parameter)
-        if is_parameter and tensor.device == self._device:
-            return tensor
-        if tensor.is_meta:
-            value = torch.empty_like(tensor, device=self._device)
-            value = value.uniform_(0.01, 0.1) if tensor.is_floating_point() else value.zero_()
-        else:
-            value = tensor.detach().to(self._device, copy=True)
-        return nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+        return made_up(tensor, self._device) if tensor.is_meta else tensor.detach().to(self._device, copy=True)
 
     def _now(self) -> float:
         if self._device.type == "cuda":

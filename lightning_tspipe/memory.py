@@ -41,8 +41,12 @@ def state_of(tensor: Tensor) -> str:
     return LENT if mark == LENT else OWN
 
 
-def swap(tensor: Tensor, value: Tensor, mark: str | None = None) -> None:
-    """Replace what a tensor object holds; optimizers and modules that refer to the object see the new value."""
+def swap(tensor: Tensor, value: Tensor, mark: str | None = None) -> Tensor:
+    """Replace what a tensor object holds; optimizers and modules that refer to the object see the new value.
+
+    Returns:
+        What holds the old value now.
+    """
     replacement: Tensor = value
     if isinstance(tensor, nn.Parameter):
         replacement = nn.Parameter(value, requires_grad=tensor.requires_grad)
@@ -51,6 +55,13 @@ def swap(tensor: Tensor, value: Tensor, mark: str | None = None) -> None:
     if mark is not None:
         vars(replacement)[MARK] = mark
     torch.utils.swap_tensors(tensor, replacement)  # type: ignore[no-untyped-call]
+    return replacement
+
+
+def made_up(tensor: Tensor, device: torch.device) -> Tensor:
+    """Small random numbers, or zeros of integers, in place of a tensor without memory."""
+    value = torch.empty_like(tensor, device=device)
+    return value.uniform_(0.01, 0.1) if tensor.is_floating_point() else value.zero_()
 
 
 def release(tensor: Tensor) -> None:

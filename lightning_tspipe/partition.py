@@ -106,14 +106,16 @@ class Layers:
             teacher_stages = _cut("teacher", self.teacher, stages, teacher)
         else:
             teacher_stages = _follow(student_stages, self.networks["student"], self.teacher, self.source)
-        entered = frozenset(name for name, network in self.networks.items() if not is_plain(network))
-        result = Partition(student_stages, teacher_stages, self.traced, entered, self.taps)
+        result = self._partition(student_stages, teacher_stages)
         _refuse_shared(result)
         return result
 
     def apart(self) -> Partition:
         """Each layer as a stage of its own."""
         student, teacher = (tuple((layer,) for layer in layers) for layers in (self.student, self.teacher))
+        return self._partition(student, teacher)
+
+    def _partition(self, student: tuple[tuple[Layer, ...], ...], teacher: tuple[tuple[Layer, ...], ...]) -> Partition:
         entered = frozenset(name for name, network in self.networks.items() if not is_plain(network))
         return Partition(student, teacher, self.traced, entered, self.taps)
 

@@ -194,9 +194,7 @@ class Stage:
     def _pass(self, network: Network, inputs: Any) -> Any:
         """All layers, one after the other, on one view."""
         layers = self._layers[network]
-        # an in-place first layer would write into a tensor that others still need
-        own = tree.map_tensors(inputs, torch.clone) if layers and writes_in_place(layers[0]) else inputs
-        return self._chains[network](own)
+        return self._chains[network](own_input(layers[0], inputs) if layers else inputs)
 
     def _checkpoint(self, inputs: Any) -> Any:
         """The student's pass, which keeps its inputs only; torch runs it again in the backward, with equal numbers."""
@@ -284,7 +282,7 @@ def differentiable(leaves: Sequence[Tensor]) -> list[Tensor]:
     return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
-def writes_in_place(layer: nn.Module) -> bool:
-    """Whether a layer may write into its input."""
-    first: Callable[[], Any] = lambda: next(layer.children(), None)  # noqa: E731
-    return bool(getattr(layer, "inplace", False)) or bool(getattr(first(), "inplace", False))
+def own_input(layer: nn.Module, value: Any) -> Any:
+    """A copy for a layer that works in place, which would write into a tensor that others still need."""
+    parts = (layer, next(layer.children(), None))
+    return tree.map_tensors(value, torch.clone) if any(getattr(part, "inplace", False) for part in parts) else value

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_tspipe import tree
 from lightning_tspipe.arguments import arguments_of
-from lightning_tspipe.memory import swap
+from lightning_tspipe.memory import made_up, swap
 from lightning_tspipe.recording import NotFollowed, Recorder, Recording, Signature, extra_states_of, tensors_of
 from lightning_tspipe.steps import Options, Steps
 from lightning_tspipe.taps import TapError, uncalled
@@ -364,7 +364,7 @@ def _shapes_by_trial(module: nn.Module, args: Any, kwargs: Any) -> Any:
         module = copy.deepcopy(module)
         for tensor in tensors_of(module).values():
             if tensor.is_meta:
-                swap(tensor, torch.rand(tensor.shape).to(tensor.dtype))
+                swap(tensor, made_up(tensor, torch.device("cpu")))
         found, structure = tree.flatten(module.cpu()(*args, **kwargs))
     shapes = [leaf.shape for leaf in leaves]
     like = [shapes.index(leaf.shape) if leaf.shape in shapes else None for leaf in found]
