@@ -14,7 +14,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_tspipe import _lightning
-from lightning_tspipe.checkpoint import Generators
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.example import Examples
 from lightning_tspipe.module import TeacherStudentModule
@@ -22,6 +21,7 @@ from lightning_tspipe.partition import Balance, Layers, Partition, chosen, expli
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.placing import Placer, check_same, named
 from lightning_tspipe.plan import Planner, estimate_costs, most_in_memory
+from lightning_tspipe.randomness import kept
 from lightning_tspipe.taps import TapError
 from lightning_tspipe.topology import Topology
 
@@ -96,19 +96,20 @@ class Arrangement:
         stages = self._topology.stages
         count = microbatches if isinstance(microbatches, int) else 3 * (stages - 1)
         sample = examples.sample(count) if self._trainer.global_rank == 0 else None
-        generators = Generators(self._device)
-        state = generators.state()
-        text = ""
+        found: Placement | ValueError | None = None
         if self._topology.replica == 0:
             assert self._comm is not None
             context = self._trainer.precision_plugin.train_step_context
             placer = Placer(layers, stages, self._comm, self._device, context)
             over_batch = self._module.loss_over == "batch"
             in_flight = [count if over_batch else min(count, stages - stage) for stage in range(stages)]
-            text = placer.find(sample, self._limit, in_flight).text()
-        generators.restore(state)
-        placement = Placement.parse(self._broadcast(text))
-        return layers.cut(*placement.sizes), placement
+            with kept(self._device, *self._module.modules()):
+                found = placer.find(sample, self._limit, in_flight)
+        found = self._broadcast(found)
+        if isinstance(found, ValueError):
+            raise found
+        assert found is not None
+        return layers.cut(*found.sizes), found
 
     def planner(self, schedule: str, recompute: bool, post_ahead: int, resumed: int | None) -> Planner:
         """What plans the steps.

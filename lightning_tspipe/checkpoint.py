@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -236,34 +234,6 @@ class Shards:
             for group, names in zip(state["param_groups"], groups, strict=True)
         ]
         optimizer.load_state_dict({**state, "state": parts, "param_groups": saved})
-
-
-class Generators:
-    """The random state of this process, in types that `torch.load(weights_only=True)` takes.
-
-    Args:
-        device: whose generator counts besides those of the host.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def state(self) -> dict[str, Any]:
-        """The state of every generator."""
-        legacy: Any = numpy.random.get_state()
-        name, keys, *rest = legacy
-        of_numpy = (name, torch.from_numpy(keys.astype(numpy.int64)), *rest)
-        state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": of_numpy}
-        return state | ({"cuda": torch.cuda.get_rng_state(self._device)} if self._device.type == "cuda" else {})
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Put every generator back to where it was."""
-        torch.set_rng_state(state["torch"])
-        random.setstate(state["python"])
-        name, keys, *rest = state["numpy"]
-        numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
-        if self._device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self._device)
 
 
 def by_names(state: Mapping[str, Any], groups: Groups) -> dict[str, Any]:

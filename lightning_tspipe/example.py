@@ -12,9 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tspipe import _lightning, tree
-from lightning_tspipe.checkpoint import Generators
 from lightning_tspipe.data import check_rows
 from lightning_tspipe.module import TeacherStudentModule
+from lightning_tspipe.randomness import kept
 
 ROWS = 2
 Described = list[tuple[tree.Structure, list[tuple[torch.Size, torch.dtype]]]]
@@ -78,15 +78,12 @@ class Examples:
             value = tree.map_tensors(value, lambda leaf: leaf.to(device))
             return value, value
         loader = _lightning.loader_of(self._trainer)
-        generators = Generators(device)
-        state = generators.state()
-        try:
+        names = "on_before_batch_transfer", "on_after_batch_transfer", "student_input", "teacher_input"
+        with kept(device, loader, *(getattr(module, name) for name in names)):
             if isinstance(loader, list) and self._trainer.state.fn != TrainerFn.FITTING:
                 loader = loader[0]  # evaluations take one after the other
             batch = _lightning.prepare_batch(self._trainer, _sample(loader, microbatches))
             return module.student_input(batch), module.teacher_input(batch)
-        finally:
-            generators.restore(state)
 
 
 def _describe(value: Any) -> Described:

@@ -11,9 +11,9 @@ from typing import Any
 
 from lightning_tspipe._lightning import SignalLink
 from lightning_tspipe._loaders import Fetcher, rows_drawn, set_rows_drawn
-from lightning_tspipe.checkpoint import Generators
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, BatchInfo, End
+from lightning_tspipe.randomness import Generators
 
 
 class Feed(Fetcher):

@@ -12,12 +12,12 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from lightning_tspipe import _lightning, _loaders
-from lightning_tspipe.checkpoint import Generators
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, make_batch
 from lightning_tspipe.feed import Feed, FollowingFeed, LeadingFeed
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.plan import Planner
+from lightning_tspipe.randomness import Generators
 from lightning_tspipe.replicas import Replicas
 from lightning_tspipe.runtime import Runtime
 from lightning_tspipe.stage import Stage

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_tspipe import tree
 from lightning_tspipe.balance import Chain, joint_cut
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.measure import LayerCost, MessageCost, Meter
@@ -65,36 +68,35 @@ class Placer:
         self._meter = Meter(device)
         self._tensors = {name: tensors_of(network) for name, network in layers.networks.items()}
 
-    def find(self, sample: Sample | None, limit: float = math.inf, in_flight: Sequence[int] = ()) -> Placement:
-        """The stages, the same on every rank of this pipeline; by parameters if there is nothing to measure with.
+    def find(
+        self, sample: Sample | None, limit: float = math.inf, in_flight: Sequence[int] = ()
+    ) -> Placement | ValueError | None:
+        """The stages, on rank 0; by parameters if there is nothing to measure with.
 
         Args:
             sample: one microbatch of each network's input, view by view, on rank 0; None if there is none.
             limit: bytes per rank for weights, gradients, optimizer state and activations.
             in_flight: microbatches per stage whose activations are held at once.
 
-        Raises:
-            ValueError: no cut keeps the limit.
+        Returns:
+            On rank 0 the plan, or an error for every rank to raise: no cut keeps the limit. None elsewhere.
         """
-        sizes, teacher_sizes = self._layers.by_parameters(self._stages)
-        parts = self._layers.cut(sizes, teacher_sizes)
+        first = self._layers.cut(*self._layers.by_parameters(self._stages))
         if not self._comm.share(sample is not None, 0):
-            return named(parts)
-        mine = [self._measure(network, parts, (sample or {}).get(network)) for network in ("student", "teacher")]
+            return named(first)
+        mine = [self._measure(network, first, (sample or {}).get(network)) for network in ("student", "teacher")]
         message = self._meter.message(self._comm)
         gathered = self._comm.gather(mine)
-        answer = ""
-        if gathered is not None:
-            student, teacher = ([cost for rank in gathered for cost in rank[place]] for place in (0, 1))
-            try:
-                parts = self._layers.cut(*self._choose(student, teacher, message, limit, in_flight))
-                answer = _placement(parts, student, teacher, message).text()
-            except ValueError as error:
-                answer = f"!{error}"
-        answer = self._comm.share(answer, 0)
-        if answer.startswith("!"):
-            raise ValueError(answer[1:])
-        return Placement.parse(answer)
+        if gathered is None or sample is None:
+            return None
+        student, teacher = ([cost for rank in gathered for cost in rank[place]] for place in (0, 1))
+        chains = _chain(student, message, 2), _chain(teacher, message, 1)
+        try:
+            parts = self._layers.cut(*self._choose(*chains, limit, in_flight))
+        except ValueError as error:
+            return error
+        rows = len(tree.flatten(sample["student"])[0][0])
+        return replace(_placement(parts, student, teacher, chains, message), rows=rows)
 
     def _measure(self, network: str, parts: Partition, views: list[Any] | None) -> list[LayerCost]:
         """Measure this rank's share of a network's layers, on what the ranks before it made of the sample."""
@@ -124,20 +126,14 @@ class Placer:
         return list({id(known[name]): known[name] for name in layer.state_names if name in known}.values())
 
     def _choose(
-        self,
-        student: Sequence[LayerCost],
-        teacher: Sequence[LayerCost],
-        message: MessageCost,
-        limit: float,
-        in_flight: Sequence[int],
+        self, of_student: Chain, of_teacher: Chain, limit: float, in_flight: Sequence[int]
     ) -> tuple[list[int], list[int] | None]:
-        of_student, of_teacher = _chain(student, message, 2), _chain(teacher, message, 1)
         if self._layers.source is None:
             return self._cut(of_student, of_teacher, limit, in_flight)
         seconds, edge, weights = list(of_student.seconds), list(of_student.edge), list(of_student.weights)
         place = 0
         for number, followers in enumerate(self._layers.followers()):
-            edge[number] += of_teacher.edge[min(place, len(teacher) - 1)]
+            edge[number] += of_teacher.edge[min(place, len(of_teacher.edge) - 1)]
             seconds[number] += sum(of_teacher.seconds[follower] for follower in followers)
             weights[number] += sum(of_teacher.weights[follower] for follower in followers)
             place += len(followers)
@@ -169,32 +165,38 @@ def _chain(costs: Sequence[LayerCost], message: MessageCost, messages: int) -> C
 
 
 def _placement(
-    parts: Partition, student: Sequence[LayerCost], teacher: Sequence[LayerCost], message: MessageCost
+    parts: Partition,
+    student: Sequence[LayerCost],
+    teacher: Sequence[LayerCost],
+    chains: tuple[Chain, Chain],
+    message: MessageCost,
 ) -> Placement:
     names = named(parts)
-    chains = _chain(student, message, 2), _chain(teacher, message, 1)
-    columns: dict[str, list[float]] = {name: [] for name in ("t", "f", "b", "w", "messages", "weights", "held")}
-    starts = [0, 0]
-    single: list[float] = []
-    for stage in range(names.stages):
-        counts = len(names.student[stage]), len(names.teacher[stage])
-        ends = starts[0] + counts[0], starts[1] + counts[1]
-        mine, its = student[starts[0] : ends[0]], teacher[starts[1] : ends[1]]
-        columns["t"].append(sum(cost.forward for cost in its))
-        columns["f"].append(sum(cost.forward for cost in mine))
-        columns["b"].append(sum(cost.inputs for cost in mine))
-        columns["w"].append(sum(cost.weights for cost in mine))
-        columns["weights"].append(sum(cost.parameters + 3 * cost.trained for cost in (*mine, *its)))
-        columns["held"].append(sum(cost.held for cost in mine))
-        edges = [chain.edge[place] for chain, cuts in zip(chains, zip(starts, ends, strict=True), strict=True)
-                 for place in cuts if 0 < place < len(chain.seconds)]  # fmt: skip
-        columns["messages"].append(sum(edges))
-        if 0 < starts[0] < len(student):
-            single.append(message.seconds(student[starts[0] - 1].sent))
-        starts = list(ends)
+    ends = [list(itertools.accumulate(sizes, initial=0)) for sizes in names.sizes]
+    stages = [[slice(a, b) for a, b in itertools.pairwise(of)] for of in ends]
+
+    def sums(column: Sequence[float], slices: Sequence[slice]) -> tuple[float, ...]:
+        return tuple(float(sum(column[places])) for places in slices)
+
+    def of_both(column: Callable[[Chain], Sequence[float]]) -> tuple[float, ...]:
+        pairs = zip(*(sums(column(chain), slices) for chain, slices in zip(chains, stages, strict=True)), strict=True)
+        return tuple(map(sum, pairs))
+
+    messages = [
+        sum(chain.edge[place] for chain, of in zip(chains, ends, strict=True) for place in of[stage : stage + 2]
+            if 0 < place < len(chain.edge))
+        for stage in range(names.stages)
+    ]  # fmt: skip
+    single = [message.seconds(student[place - 1].sent) for place in ends[0][1:-1]]
     return Placement(
         names.student,
         names.teacher,
-        message=sum(single) / len(single) if single else 0.0,
-        **{name: tuple(map(float, column)) for name, column in columns.items()},  # type: ignore[arg-type]
+        t=sums([cost.forward for cost in teacher], stages[1]),
+        f=sums([cost.forward for cost in student], stages[0]),
+        b=sums([cost.inputs for cost in student], stages[0]),
+        w=sums([cost.weights for cost in student], stages[0]),
+        messages=tuple(messages),
+        message=sum(single) / len(single),
+        weights=of_both(lambda chain: chain.weights),
+        held=sums([cost.held for cost in student], stages[0]),
     )

@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tspipe import _lightning, sharded
-from lightning_tspipe.checkpoint import KEY, Generators, Groups, Shards, by_names
+from lightning_tspipe.checkpoint import KEY, Groups, Shards, by_names
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.files import AtomicCheckpointIO
 from lightning_tspipe.fitting import Fitting
 from lightning_tspipe.memory import lend, without_memory
 from lightning_tspipe.processes import ProcessStrategy
+from lightning_tspipe.randomness import Generators
 from lightning_tspipe.recording import tensors_of
 
 log = logging.getLogger(__name__)
