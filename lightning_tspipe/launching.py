@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessExitedException
 
@@ -80,6 +81,9 @@ def _tell_first(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run_in_child(function: Any, *args: Any, **kwargs: Any) -> Any:
+    # After a fork torch makes its thread pool anew where it is asked for next, and two threads of autograd that ask at
+    # once end the process ("Invalid thread pool!"): here there is one thread.
+    torch.set_num_threads(torch.get_num_threads())
     trainer = function.__self__
     try:
         return _tell_first(function, *args, **kwargs)
