@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_tspipe import tree
 from lightning_tspipe.balance import Chain, joint_cut
 from lightning_tspipe.comm import Comm
-from lightning_tspipe.measure import LayerCost, MessageCost, Meter
+from lightning_tspipe.measure import LayerCost, MessageCost, Meter, fastest
 from lightning_tspipe.partition import Layers, Partition
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.recording import tensors_of
@@ -105,7 +105,8 @@ class Placer:
         apart = self._layers.apart()
         costs: list[LayerCost] = []
 
-        def run(views: list[Any]) -> list[Any] | None:
+        def once(views: list[Any]) -> tuple[list[Any], list[LayerCost]]:
+            found = []
             for number in range(start, start + sizes[self._comm.stage]):
                 (layer,) = apart.runs(network, number)
                 tensors = self._tensors_of(network, number)
@@ -114,7 +115,12 @@ class Placer:
                         views, cost = self._meter.teacher(layer.module, tensors, views)
                     else:
                         views, cost = self._meter.student(layer.module, tensors, views, number == 0)
-                costs.append(cost)
+                found.append(cost)
+            return views, found
+
+        def run(views: list[Any]) -> list[Any] | None:
+            nonlocal costs
+            views, costs = fastest(lambda: once(views))
             return views if self._comm.stage < self._stages - 1 else None
 
         self._comm.chain(run, views)

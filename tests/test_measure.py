@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
-from lightning_tspipe.measure import Meter
+from lightning_tspipe.measure import LayerCost, Meter, fastest
 from lightning_tspipe.partition import find_layers
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.placing import check_same
@@ -22,7 +22,7 @@ from tests.multiproc import Fit, run_fits
 from tests.scripts.small import loader, network
 from tests.scripts.zygote import Zygote
 
-LONG = 0.02  # seconds of a layer that waits: far more than any noise
+LONG = 0.01  # seconds of a layer that waits: far more than any noise
 
 
 class _Wait(torch.autograd.Function):
@@ -106,6 +106,19 @@ def test_weights_without_memory_are_measured() -> None:
     assert cost.forward > 0
     assert cost.inputs == cost.weights == cost.held == cost.trained == 0
     assert all(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
+
+
+def test_each_layers_fastest_pass_over_all_counts() -> None:
+    """With all that was measured in that pass, so that a backward's two parts stay of one."""
+    passes = iter([
+        ("first", [LayerCost(3.0, 1.0, 1.0), LayerCost(1.0, 0.0, 1.0)]),
+        ("second", [LayerCost(1.0, 2.0, 1.0), LayerCost(2.0, 0.0, 1.0)]),
+        ("third", [LayerCost(1.0, 1.0, 2.5), LayerCost(1.0, 0.5, 1.0)]),
+    ])  # fmt: skip
+    value, costs = fastest(lambda: next(passes))
+    assert value == "third"
+    assert costs == [LayerCost(1.0, 2.0, 1.0), LayerCost(1.0, 0.0, 1.0)]
+    assert next(passes, None) is None
 
 
 def test_passes_are_told_apart() -> None:
