@@ -2,8 +2,9 @@
 
 from lightning_tspipe.errors import PipelineError
 from lightning_tspipe.module import TeacherStudentModule
+from lightning_tspipe.monitor import PipelineMonitor
 from lightning_tspipe.strategy import TSPipeStrategy
 from lightning_tspipe.teacher import cosine_momentum
 
-__all__ = ["PipelineError", "TSPipeStrategy", "TeacherStudentModule", "cosine_momentum"]
+__all__ = ["PipelineError", "PipelineMonitor", "TSPipeStrategy", "TeacherStudentModule", "cosine_momentum"]
 __version__ = "0.1.0"

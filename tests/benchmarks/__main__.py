@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from tests.benchmarks import suite  # noqa: E402
 from tests.benchmarks.balance import Cut, measure_balance  # noqa: E402
 from tests.benchmarks.measure import Measurement  # noqa: E402
+from tests.benchmarks.monitor import Cost, measure_monitor  # noqa: E402
 from tests.benchmarks.ours import measure_ours  # noqa: E402
 from tests.benchmarks.overhead import Overhead, measure_overhead  # noqa: E402
 from tests.benchmarks.real import Contest, measure_real  # noqa: E402
@@ -50,6 +51,7 @@ GOALS = (
     Goal("microseconds per action at P=4 M=24", "<=", 500),
     Goal("throughput over DDP's", ">=", 0.95),
     Goal("peak memory over DDP's", "<", 1.0),
+    Goal("monitor's share of a step", "<=", 0.01),
     Goal("slowest rank over that of the best cut", "<=", 1.05),
 )
 
@@ -122,10 +124,19 @@ def balance(_: bool) -> tuple[list[Cut], Figures]:
     return cuts, {"slowest rank over that of the best cut": max(cut.chosen_s / cut.best_s for cut in cuts)}
 
 
+def monitor(_: bool) -> tuple[list[Cost], Figures]:
+    """What watching costs."""
+    costs = measure_monitor()
+    rows = [f"{c.problem} | {1e3 * c.step_s:.2f} | {100 * c.share:.2f} | {100 * c.own_share:.2f}" for c in costs]
+    print_table("zero-cost stages | ms per step | PipelineMonitor(10) adds, % | its hooks, %", rows)
+    return costs, {"monitor's share of a step": max(cost.share for cost in costs)}
+
+
 BENCHMARKS: dict[str, Callable[[bool], tuple[Sequence[Any], Figures]]] = {
     "emulated": emulated,
     "overhead": overhead,
     "balance": balance,
+    "monitor": monitor,
     "real": real,
 }
 
