@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_tspipe import tree
 from lightning_tspipe.balance import Chain, joint_cut
+from lightning_tspipe.batchnorm import too_few_values
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.measure import LayerCost, MessageCost, Meter, fastest
 from lightning_tspipe.partition import Layers, Partition
@@ -116,11 +117,16 @@ class Placer:
             for number in range(start, start + sizes[self._comm.stage]):
                 (layer,) = apart.runs(network, number)
                 tensors = self._tensors_of(network, number)
-                with self._context():
-                    if network == "teacher":
-                        views, cost = self._meter.teacher(layer.module, tensors, views)
-                    else:
-                        views, cost = self._meter.student(layer.module, tensors, views, number == 0)
+                try:
+                    with self._context():
+                        if network == "teacher":
+                            views, cost = self._meter.teacher(layer.module, tensors, views)
+                        else:
+                            views, cost = self._meter.student(layer.module, tensors, views, number == 0)
+                except ValueError as error:
+                    if (known := too_few_values(error, f"the {network}", {layer.name: layer.module})) is not None:
+                        raise known from error
+                    raise
                 found.append(cost)
             return views, found
 
