@@ -32,7 +32,7 @@ class LayerCost:
     Args:
         forward, inputs, weights: seconds of a forward, and of a backward for inputs and for weights.
         held: bytes kept between forward and backward, parameters left out.
-        sent: bytes of what it gives.
+        received, sent: bytes of what it takes and of what it gives.
         parameters: bytes of its parameters and buffers.
         trained: of these, bytes of what is trained.
     """
@@ -44,6 +44,7 @@ class LayerCost:
     sent: int = 0
     parameters: int = 0
     trained: int = 0
+    received: int = 0
 
     @property
     def seconds(self) -> float:
@@ -159,9 +160,10 @@ class Meter:
         size = sum(tensor.nbytes for tensor in tensors)
         with self._borrowed(tensors), unchanged(layer.modules()):
             outputs, costs = zip(*(run(view) for view in views), strict=True)
-        sent = sum(leaf.nbytes for leaf in tree.flatten(list(outputs))[0])
+        received, sent = (sum(leaf.nbytes for leaf in tree.flatten(list(of))[0]) for of in (views, outputs))
         total = {name: sum(getattr(cost, name) for cost in costs) for name in ("forward", "inputs", "weights", "held")}
-        return list(outputs), replace(costs[0], **total, sent=sent, parameters=size, trained=trained)
+        sizes = {"received": received, "sent": sent, "parameters": size, "trained": trained}
+        return list(outputs), replace(costs[0], **total, **sizes)
 
     @contextmanager
     def _borrowed(self, tensors: Sequence[Tensor]) -> Iterator[None]:
