@@ -24,6 +24,7 @@ from tests.benchmarks.balance import Cut, measure_balance  # noqa: E402
 from tests.benchmarks.measure import Measurement  # noqa: E402
 from tests.benchmarks.ours import measure_ours  # noqa: E402
 from tests.benchmarks.overhead import Overhead, measure_overhead  # noqa: E402
+from tests.benchmarks.planning import Plan, measure_planning  # noqa: E402
 from tests.benchmarks.problem import Problem  # noqa: E402
 from tests.benchmarks.real import Contest, measure_real  # noqa: E402
 from tests.benchmarks.rivals import RIVALS, measure_rival  # noqa: E402
@@ -50,6 +51,7 @@ GOALS = (
     Goal("throughput over DDP's", ">=", 0.95),
     Goal("peak memory over DDP's", "<", 1.0),
     Goal("slowest rank over that of the best cut", "<=", 1.05),
+    Goal("seconds for a plan of P=16 M=64", "<", 2.0),
 )
 PROBLEMS = (Problem(num_stages=4, num_microbatches=12, num_steps=8), Problem(8, 24, num_steps=8))
 
@@ -115,10 +117,25 @@ def balance() -> tuple[list[Cut], Figures]:
     return cuts, {"slowest rank over that of the best cut": max(cut.chosen_s / cut.best_s for cut in cuts)}
 
 
+def planning() -> tuple[list[Plan], Figures]:
+    """The planner's time, and its plans against the bound."""
+    plans = measure_planning()
+    rows = [
+        f"{plan.asked} | {plan.costs} | {plan.num_microbatches} | {plan.seconds:.2f} | {plan.utilization:.3f} | "
+        f"{plan.order}"
+        for plan in plans
+    ]
+    print_table("P=16 | costs | M | s to plan | utilization planned | order", rows)
+    return plans, {
+        "seconds for a plan of P=16 M=64": max(plan.seconds for plan in plans if plan.num_microbatches == 64)
+    }
+
+
 BENCHMARKS: dict[str, Callable[[], tuple[Sequence[Any], Figures]]] = {
     "emulated": emulated,
     "overhead": overhead,
     "balance": balance,
+    "planning": planning,
     "real": real,
 }
 
