@@ -18,8 +18,8 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 # From bottom to top: a module imports only from modules that stand before it here.
 ORDER = (
     # stdlib only
-    *("errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"),
-    "journal",
+    *("errors", "topology", "schedule", "clock", "simulate"),
+    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal"),
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
     *("partition", "teacher", "plan", "split", "reach"),
@@ -44,8 +44,7 @@ ORDER = (
         "__init__",
     ),
 )
-STDLIB_ONLY = {"errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"}
-STDLIB_ONLY |= {"journal"}
+STDLIB_ONLY = {*ORDER[: ORDER.index("journal") + 1]}
 KNOW_LIGHTNING = {
     *(
         "_lightning",

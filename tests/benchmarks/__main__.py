@@ -27,6 +27,7 @@ from tests.benchmarks.measure import Measurement  # noqa: E402
 from tests.benchmarks.monitor import Cost, measure_monitor  # noqa: E402
 from tests.benchmarks.ours import measure_ours  # noqa: E402
 from tests.benchmarks.overhead import Overhead, measure_overhead  # noqa: E402
+from tests.benchmarks.planning import Plan, measure_planning  # noqa: E402
 from tests.benchmarks.real import Contest, measure_real  # noqa: E402
 from tests.benchmarks.rivals import WHOLE, measure_rival  # noqa: E402
 
@@ -53,6 +54,7 @@ GOALS = (
     Goal("peak memory over DDP's", "<", 1.0),
     Goal("monitor's share of a step", "<=", 0.01),
     Goal("slowest rank over that of the best cut", "<=", 1.05),
+    Goal("seconds for a plan of P=16 M=64", "<", 2.0),
 )
 
 Figures = dict[str, float]
@@ -124,6 +126,20 @@ def balance(_: bool) -> tuple[list[Cut], Figures]:
     return cuts, {"slowest rank over that of the best cut": max(cut.chosen_s / cut.best_s for cut in cuts)}
 
 
+def planning(_: bool) -> tuple[list[Plan], Figures]:
+    """The planner's time, and its plans against the bound."""
+    plans = measure_planning()
+    rows = [
+        f"{plan.asked} | {plan.costs} | {plan.num_microbatches} | {plan.seconds:.2f} | {plan.utilization:.3f} | "
+        f"{plan.order}"
+        for plan in plans
+    ]
+    print_table("P=16 | costs | M | s to plan | utilization planned | order", rows)
+    return plans, {
+        "seconds for a plan of P=16 M=64": max(plan.seconds for plan in plans if plan.num_microbatches == 64)
+    }
+
+
 def monitor(_: bool) -> tuple[list[Cost], Figures]:
     """What watching costs."""
     costs = measure_monitor()
@@ -137,6 +153,7 @@ BENCHMARKS: dict[str, Callable[[bool], tuple[Sequence[Any], Figures]]] = {
     "overhead": overhead,
     "balance": balance,
     "monitor": monitor,
+    "planning": planning,
     "real": real,
 }
 
