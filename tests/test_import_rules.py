@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 ORDER = (
     # stdlib only
     *("errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"),
-    "journal",
+    *("journal", "rivals", "prospects"),
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
     *("partition", "teacher", "plan", "split", "reach"),
@@ -40,12 +40,13 @@ ORDER = (
         "reporting",
         "strategy",
         "monitor",
+        "commands",
         "cli",
         "__init__",
     ),
 )
 STDLIB_ONLY = {"errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"}
-STDLIB_ONLY |= {"journal"}
+STDLIB_ONLY |= {"journal", "rivals", "prospects"}
 KNOW_LIGHTNING = {
     *(
         "_lightning",
@@ -59,7 +60,7 @@ KNOW_LIGHTNING = {
         "arranging",
         "fitting",
     ),
-    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "cli", "__init__"),
+    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "commands", "cli", "__init__"),
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
