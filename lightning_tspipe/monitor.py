@@ -100,7 +100,7 @@ class Recording:
     def __init__(self, strategy: TSPipeStrategy) -> None:
         assert strategy.runtime is not None
         self._runtime: Runtime = strategy.runtime
-        self._measured = strategy.placement is not None and strategy.placement.costs is not None
+        self._costs = strategy.predicted_costs
         self.watch = self._runtime.stopwatch = Stopwatch(self._runtime.device)
         self._sent = self._bytes
         self._step = self._microbatches = 0
@@ -143,8 +143,8 @@ class Recording:
         used = sum(report[1] for report in reports) / len(reports) / seconds
         found = {"utilization": used, "bubble": 1 - used, "step_s": seconds,
                  "planned_utilization": sum(work) / len(work) / plan.period if plan.period else 1.0}  # fmt: skip
-        if self._measured:
-            found["planned_step_s"] = plan.period
+        if self._costs is not None and costs.f[0]:
+            found["planned_step_s"] = plan.period * self._costs.f[0] / costs.f[0]
         for rank, (_, busy, waits, sent, peak) in enumerate(reports):
             each = {"work_s": busy, "wait_s": waits, "sent_mb": sent / MB, "peak_mb": peak / MB}
             found |= {f"rank_{rank}_{name}": value for name, value in each.items()}

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 ORDER = (
     # stdlib only
     *("errors", "topology", "schedule", "clock", "simulate"),
-    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal"),
+    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "prospects"),
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
     *("partition", "teacher", "plan", "split", "reach"),
@@ -40,11 +40,12 @@ ORDER = (
         "reporting",
         "strategy",
         "monitor",
+        "commands",
         "cli",
         "__init__",
     ),
 )
-STDLIB_ONLY = {*ORDER[: ORDER.index("journal") + 1]}
+STDLIB_ONLY = {*ORDER[: ORDER.index("tree")]}
 KNOW_LIGHTNING = {
     *(
         "_lightning",
@@ -58,7 +59,7 @@ KNOW_LIGHTNING = {
         "arranging",
         "fitting",
     ),
-    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "cli", "__init__"),
+    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "commands", "cli", "__init__"),
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
