@@ -54,5 +54,5 @@ def full() -> list[Case]:
     cases[0] = replace(cases[0], rivals=(*RIVALS, *WHOLE))
     cases[4] = replace(cases[4], rivals=(*RIVALS, *WHOLE))
     cases += [Case(unit(count, 3 * count, "afab"), rivals=(*RIVALS, *WHOLE)) for count in (2, 4)]
-    cases += [Case(unit(count, MOST, "afab"), rivals=FUSED) for count in (2, 4, 8, 16)]
-    return [*cases, Case(replace(GOALS[5].problem, num_microbatches=MOST, order="afab"), rivals=FUSED)]
+    most = [*(unit(count, MOST, "afab") for count in (8, 16)), replace(GOALS[5].problem, num_microbatches=MOST)]
+    return [*cases, *(Case(replace(problem, num_steps=NUM_STEPS - 1), rivals=FUSED) for problem in most)]
