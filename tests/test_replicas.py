@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightly.loss import DINOLoss, NTXentLoss
+from lightly.models.modules.heads import DINOProjectionHead
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -81,11 +82,13 @@ class Contrastive(Exact):
 
 
 class Foreign(Exact):
-    """Losses of lightly as they are: they gather, and reduce, over the world of `torch.distributed`."""
+    """Losses and heads of lightly as they are: they gather, and reduce, over the world of `torch.distributed`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.contrast, self.center = NTXentLoss(gather_distributed=True), DINOLoss(2)
+        self.student.append(DINOProjectionHead(2, 4, 3, 6))  # its weight_norm keeps a weight with its graph
+        self.teacher.append(DINOProjectionHead(2, 4, 3, 6))
+        self.contrast, self.center = NTXentLoss(gather_distributed=True), DINOLoss(6)
         self.contrast.memory_bank.bank_ptr.zero_()  # lightly leaves it as it found the memory
         self.double()
 
@@ -93,10 +96,10 @@ class Foreign(Exact):
         apart = [student_out, student_out.flip(1)], [teacher_out, teacher_out.flip(1)]
         loss = self.contrast(student_out, teacher_out) + self.center(apart[1], apart[0])
         if dist.is_initialized():
-            seen = [torch.empty_like(student_out[0]) for _ in range(dist.get_world_size())]
-            dist.all_gather(seen, seen[0].new_full((2,), dist.get_rank()))
+            seen = [torch.empty(1) for _ in range(dist.get_world_size())]
+            dist.all_gather(seen, torch.full((1,), float(dist.get_rank())))
             dist.barrier()
-            assert [int(rank) for rank, _ in seen] == list(range(self.trainer.strategy._topology.replicas)), seen
+            assert seen == list(range(self.trainer.strategy._topology.replicas)), seen
         return loss
 
     def on_before_backward(self, loss: Any) -> None:
