@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 ORDER = (
     # stdlib only
     *("errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"),
-    *("journal", "rivals", "prospects"),
+    *("journal", "rivals", "prospects", "perfetto", "picture"),
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
     *("partition", "teacher", "plan", "split", "reach"),
@@ -40,13 +40,14 @@ ORDER = (
         "reporting",
         "strategy",
         "monitor",
+        "tracing",
         "commands",
         "cli",
         "__init__",
     ),
 )
 STDLIB_ONLY = {"errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"}
-STDLIB_ONLY |= {"journal", "rivals", "prospects"}
+STDLIB_ONLY |= {"journal", "rivals", "prospects", "perfetto"}
 KNOW_LIGHTNING = {
     *(
         "_lightning",
@@ -60,7 +61,7 @@ KNOW_LIGHTNING = {
         "arranging",
         "fitting",
     ),
-    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "commands", "cli", "__init__"),
+    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "tracing", "commands", "cli", "__init__"),
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
