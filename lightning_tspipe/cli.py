@@ -13,21 +13,23 @@ from lightning_tspipe.module import TeacherStudentModule
 
 
 class PipelineCLI(LightningCLI):
-    """LightningCLI with the subcommand `plan`."""
+    """LightningCLI with the subcommands `plan` and `trace`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The subcommands, and arguments of their methods that the config gives by other names."""
-        return LightningCLI.subcommands() | {"plan": {"model", "datamodule"}}
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("plan", "trace")}
 
     def before_plan(self) -> None:
         """A look leaves no files."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, SaveConfigCallback)]
 
+    before_trace = before_plan
+
 
 def main(args: ArgsType = None) -> None:
-    """Run ``fit``, ``validate``, ``test``, ``predict`` or ``plan`` as command line and config file say.
+    """Run ``fit``, ``validate``, ``test``, ``predict``, ``plan`` or ``trace`` as command line and config file say.
 
     Args:
         args: as in LightningCLI; None takes those of the command line.

@@ -20,6 +20,7 @@ from lightning_tspipe.monitor import strategy_of
 from lightning_tspipe.orders import minimal_microbatches
 from lightning_tspipe.prospects import GB, Machine, Pair, prospects, report
 from lightning_tspipe.schedule import Costs, check_scalars
+from lightning_tspipe.tracing import PipelineTrace
 
 MB = 1e6
 
@@ -45,10 +46,29 @@ class PipelineTrainer(pl.Trainer):
         Raises:
             MisconfigurationException: another strategy, or costs that are not measured.
         """
-        self._without_traces(ShowPlan(machine(bandwidth_gb_s, memory_gb)))
+        self._quietly(ShowPlan(machine(bandwidth_gb_s, memory_gb)))
         self.fit(model, datamodule=datamodule)
 
-    def _without_traces(self, *more: pl.Callback) -> None:
+    def trace(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        steps: int = 20,
+        out: str = "trace",
+    ) -> None:
+        """Train some steps and write what every rank did, beside the plan: OUT.json for Perfetto, and OUT.png.
+
+        Args:
+            model: the module.
+            datamodule: its data.
+            steps: how many, at least 4.
+            out: path of the files without their endings.
+        """
+        self.fit_loop.max_epochs = self.fit_loop.epoch_loop.max_steps = steps  # no epoch is without a step
+        self._quietly(PipelineTrace(out, steps=steps * self.accumulate_grad_batches))
+        self.fit(model, datamodule=datamodule)
+
+    def _quietly(self, *more: pl.Callback) -> None:
         """No logs, checkpoints and validations."""
         callbacks: list[pl.Callback] = self.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, Checkpoint)] + list(more)

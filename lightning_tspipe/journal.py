@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_tspipe.schedule import Costs, Kind, Schedule, peers
 from lightning_tspipe.simulate import timeline
@@ -105,6 +105,23 @@ class Journal:
         after = next((entry.begin for entry in row if entry.step == last), inside[-1].end)
         return inside[0].begin, after
 
+    def typical(self, count: int) -> int:
+        """The first of as many steady steps in a row that take rank 0 about as long as most do."""
+        first, last = self.steady()
+        lasts = {}
+        for step in range(first, max(first + 1, last - count + 1)):
+            begin, end = self.window(0, step, min(step + count, self.steps))
+            lasts[step] = end - begin
+        middle = statistics.median_low(lasts.values())
+        return next(step for step, seconds in lasts.items() if seconds == middle)
+
+    def shifted(self, seconds: float) -> Journal:
+        """The same, so much later."""
+        return Journal(tuple(
+            tuple(replace(e, begin=e.begin + seconds, start=e.start + seconds, end=e.end + seconds) for e in row)
+            for row in self.ranks
+        ))  # fmt: skip
+
     def step_seconds(self, first: int, last: int) -> float:
         """Seconds of a step, of the slowest rank."""
         windows = [self.window(rank, first, last) for rank in range(len(self.ranks))]
@@ -134,7 +151,9 @@ class Journal:
             if before is not None and entry.begin > before.end:
                 same = before.step == entry.step
                 kind = "runtime" if same else "between steps"
-                cause = "Python between two actions" if same else "the optimizer's step, hooks and callbacks"
+                cause = (
+                    "Python between two actions" if same else "the optimizer's step, hooks, callbacks and validations"
+                )
                 yield Bubble(before.step, before.end, entry.begin, kind, cause)
             before = entry
             if entry.kind == LOAD:

@@ -90,8 +90,11 @@ class PipelineMonitor(pl.Callback):
 
     def _begin_if_due(self, trainer: pl.Trainer) -> None:
         every = self._every or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self._batches + 1) % every == 0:
-            self._recording = Recording(strategy_of(trainer, type(self).__name__))
+        strategy = strategy_of(trainer, type(self).__name__)
+        assert strategy.runtime is not None
+        # `PipelineTrace` may have set one
+        if every and (self._batches + 1) % every == 0 and strategy.runtime.stopwatch is None:
+            self._recording = Recording(strategy)
 
 
 class Recording:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from PIL import Image
 
 from tests.multiproc import result_of
 from tests.scripts.zygote import ROOT, Zygote
@@ -183,6 +184,7 @@ def seen(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     config["trainer"]["callbacks"].append({"class_path": "LearningRateMonitor"})  # it insists on a logger
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     commands = [["plan", "--config", "config.yaml", "--bandwidth_gb_s", "2.5"]]
+    commands.append(["trace", "--config", "config.yaml", "--steps", "6", "--out", "seen/run"])
     out = tmp_path_factory.mktemp("out")
     codes = zygote.run("tests.test_cli:run_commands", 2, out, folder=str(folder), commands=commands)
     texts = [(out / f"{rank}.txt").read_text() for rank in range(2)]
@@ -205,6 +207,31 @@ def test_plan_measures_and_trains_nothing(seen: tuple[Path, list[str]]) -> None:
     assert "as measured" not in other
     assert not list(folder.rglob("*.ckpt"))
     assert not list(folder.rglob("config.yaml"))[1:]
+
+
+def test_trace_shows_what_every_rank_did_beside_the_plan(seen: tuple[Path, list[str]]) -> None:
+    folder, (text, other) = seen
+    trace = json.loads((folder / "seen/run.json").read_text())
+    names = {(e["pid"], e.get("tid")): e["args"]["name"] for e in trace["traceEvents"] if e["ph"] == "M"}
+    ranks = {(process, rank): f"rank {rank}" for process in (0, 1) for rank in (0, 1)}
+    assert names == {(0, None): "measured", (1, None): "planned"} | ranks
+    slices = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert {e["args"]["step"] for e in slices if e["pid"] == 0} == set(range(6))
+    work = [e for e in slices if e["cat"] != "bubble" and e["args"]["step"] == 2]
+    for rank in (0, 1):  # the third of four batches: it has a predecessor and a successor
+        ran, plan = ([e["name"] for e in work if (e["pid"], e["tid"]) == (process, rank)] for process in (0, 1))
+        assert ran == plan
+        assert {name[0] for name in ran} == set("TFB")
+    causes = {e["args"]["cause"] for e in slices if e["cat"] == "bubble"}
+    assert any(re.match(r"waits for B0 of rank 1: .* ms", cause) for cause in causes)
+    assert "waits for rank 0 to announce the next batch" in causes
+    with Image.open(folder / "seen/run.png") as picture:
+        assert picture.format == "PNG"
+    for name in ("measured", "planned"):
+        assert re.search(rf"^{name}: step \d+\.\d+ ms, utilization \d\.\d+\nrank \| work +\|", text, re.MULTILINE)
+    assert "seen/run.json is for https://ui.perfetto.dev" in text
+    assert "ui.perfetto.dev" not in other
+    assert not list(folder.rglob("*.ckpt"))
 
 
 @pytest.mark.parametrize(

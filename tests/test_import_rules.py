@@ -19,7 +19,8 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 ORDER = (
     # stdlib only
     *("errors", "topology", "schedule", "clock", "simulate"),
-    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "prospects"),
+    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "prospects", "perfetto"),
+    "picture",  # and matplotlib, where it is asked for
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
     *("partition", "teacher", "plan", "split", "reach"),
@@ -40,12 +41,13 @@ ORDER = (
         "reporting",
         "strategy",
         "monitor",
+        "tracing",
         "commands",
         "cli",
         "__init__",
     ),
 )
-STDLIB_ONLY = {*ORDER[: ORDER.index("tree")]}
+STDLIB_ONLY = {*ORDER[: ORDER.index("picture")]}
 KNOW_LIGHTNING = {
     *(
         "_lightning",
@@ -59,7 +61,7 @@ KNOW_LIGHTNING = {
         "arranging",
         "fitting",
     ),
-    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "commands", "cli", "__init__"),
+    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "tracing", "commands", "cli", "__init__"),
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
