@@ -1,8 +1,8 @@
 """Feature distillation on handwritten digits, pipelined over two processes: python examples/feature_digits.py.
 
 A deep, thin student of 15 convolutions of width 8 has the teacher's outputs, and in its middle a hint of what the
-teacher's features are there and, in three places, where the teacher looks. By the outputs alone it does not learn:
-`--hint 0 --attention 0` shows that. It sees no label.
+teacher's features are there and, in three places, where the teacher looks. By the outputs alone it learns less, or
+nothing: `--hint 0 --attention 0` shows that. It sees no label.
 Methods: Romero et al., "FitNets", ICLR 2015, https://arxiv.org/abs/1412.6550, and Zagoruyko, Komodakis, "Paying more
 attention to attention", ICLR 2017, https://arxiv.org/abs/1612.03928.
 """

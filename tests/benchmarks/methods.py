@@ -48,10 +48,12 @@ class Method:
 
 METHODS = [
     Method("feature_digits", "--epochs 10", "student", FROZEN),
-    Method("feature_digits", "--epochs 10 --precision 64-true", "student", FROZEN),
     Method("moco_v3", "--epochs 12", "after", MOVING),
     Method("mean_teacher", "--epochs 10", "accuracy", MOVING),
     Method("dino", "--epochs 6", "after", MOVING),
+    Method("feature_digits", "--epochs 10 --hint 0 --attention 0", "student", [SINGLE]),
+    Method("mean_teacher", "--epochs 10 --weight 0", "accuracy", [SINGLE]),
+    Method("feature_digits", "--epochs 10 --precision 64-true", "student", FROZEN),
     *(
         Method("moco_v3", f"--epochs 12 --momentum {m}", "after", [SINGLE, *MOVING[1:3]])
         for m in ("0.9", "0.99", "0.996")
