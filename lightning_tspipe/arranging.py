@@ -22,6 +22,7 @@ from lightning_tspipe.placement import Placement
 from lightning_tspipe.placing import Placer, check_same, named
 from lightning_tspipe.plan import Planner, estimate_costs, most_in_memory
 from lightning_tspipe.randomness import kept
+from lightning_tspipe.steps import Options
 from lightning_tspipe.taps import TapError
 from lightning_tspipe.topology import Topology
 
@@ -111,18 +112,24 @@ class Arrangement:
         assert found is not None
         return layers.cut(*found.sizes), found
 
-    def planner(self, schedule: str, recompute: bool, post_ahead: int, resumed: int | None) -> Planner:
+    def planner(
+        self, schedule: str, recompute: bool, options: Options | None, post_ahead: int, resumed: int | None
+    ) -> Planner:
         """What plans the steps.
 
         Args:
             schedule, recompute: what the user asked for.
+            options: of torch.compile; the backward of a compiled stage is one piece.
             post_ahead: see `Planner`.
             resumed: microbatches per batch of the run that is resumed.
         """
         module = self._module
         lookahead = module.momentum is None or module.teacher_delay != 0
         costs = self.placement.costs or estimate_costs(self.parts, recompute)
-        planner = Planner(costs, lookahead, module.loss_over, schedule, post_ahead, max_held=self._max_held)
+        split = bool(costs.whole) and not recompute and options is None  # a split one keeps what recomputing is to save
+        planner = Planner(
+            costs, lookahead, module.loss_over, schedule, post_ahead, split_backward=split, max_held=self._max_held
+        )
         if self._microbatches == "auto":
             found = self.placement.microbatches or planner.microbatches
             planner.microbatches = found if resumed is None else resumed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class Placement:
     Args:
         student, teacher: names of the layers, stage by stage.
         t, f, b, w: seconds of a teacher forward, student forward, backward for inputs and for weights, per stage.
+        first, rest: seconds of the two parts of a split backward, per stage; more than b + w.
         messages: seconds of a stage's messages.
         message: seconds of one message, on average.
         weights: bytes per stage of parameters and buffers, gradients, and an optimizer state of two numbers each.
@@ -41,6 +43,8 @@ class Placement:
     held: tuple[float, ...] = ()
     rows: int = 0
     microbatches: int | None = None
+    first: tuple[float, ...] = ()
+    rest: tuple[float, ...] = ()
 
     @property
     def stages(self) -> int:
@@ -55,7 +59,12 @@ class Placement:
     @property
     def costs(self) -> Costs | None:
         """For the schedule; None where nothing was measured."""
-        return Costs(self.t, self.f, self.b, self.w, self.message) if self.t else None
+        if not self.first:
+            return Costs(self.t, self.f, self.b, self.w, self.message) if self.t else None
+        whole = tuple(map(add, self.b, self.w))
+        # the first stage owes nobody a gradient: its backward is put off as a whole
+        parts = (0.0, *self.first[1:]), (whole[0], *self.rest[1:])
+        return Costs(self.t, self.f, *parts, self.message, whole=whole)
 
     @property
     def busy(self) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def test_a_measurement_leaves_no_trace() -> None:
     assert not views[0].requires_grad
     assert min(cost.forward, cost.inputs, cost.weights) >= 0 < cost.forward
     assert layer[2].count == 0
+    assert min(cost.first, cost.rest) > 0
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert {name: id(v) for name, v in (*layer.named_parameters(), *layer.named_buffers())} == identities
@@ -114,9 +116,11 @@ def test_passes_are_told_apart() -> None:
     _, within = meter.student(layer, list(layer.parameters()), [torch.randn(2, 4)], first=False)
     assert within.forward >= LONG
     assert within.inputs >= 3 * LONG
+    assert within.first >= 3 * LONG > within.rest
     _, first = meter.student(layer, list(layer.parameters()), [torch.randn(2, 4)], first=True)
     assert first.inputs == 0
     assert first.weights >= 3 * LONG
+    assert first.rest >= 3 * LONG > first.first
 
 
 # --- fits
@@ -151,6 +155,10 @@ class Shown(L.Callback):
         strategy: Any = trainer.strategy
         strategy.placement.save(self.folder / f"{trainer.global_rank}.json")
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        strategy: Any = trainer.strategy
+        (self.folder / f"{trainer.global_rank}.plan").write_text(str(strategy.plan))
+
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_a_fit_is_cut_by_time(tmp_path: Path, momentum: float | None) -> None:
@@ -176,10 +184,11 @@ def test_a_fit_is_cut_by_time(tmp_path: Path, momentum: float | None) -> None:
 
 
 def give_back(rank: int, out: Path) -> None:
-    """Fit by a saved plan, in which all slow layers are on one rank."""
+    """Fit by a saved plan, in which all slow layers are on one rank, and the teacher has little to fill holes with."""
     torch.set_num_threads(1)
-    names = tuple("01234")
-    Placement((names[:4], names[4:]), (("0", "1", "2"), ("3",))).save(out / f"given{rank}.json")
+    names, ones = tuple("01234"), (1.0, 1.0)
+    plan = Placement((names[:4], names[4:]), (("0", "1", "2"), ("3",)), (0.1, 0.1), *[ones] * 4, weights=(0, 0))
+    replace(plan, held=(1, 1), first=ones, rest=ones).save(out / f"given{rank}.json")
     strategy = TSPipeStrategy(microbatches=2, balance=str(out / f"given{rank}.json"))
     trainer = L.Trainer(
         accelerator="cpu", devices=2, strategy=strategy, max_steps=2, logger=False, enable_checkpointing=False,
@@ -192,6 +201,7 @@ def test_a_saved_plan_is_followed(zygote: Zygote, tmp_path: Path) -> None:
     assert zygote.run("tests.test_measure:give_back", 2, tmp_path) == [0, 0]
     for rank in (0, 1):
         assert Placement.load(tmp_path / f"{rank}.json").sizes == ([4, 1], [3, 1])
+        assert "I0 I1 W0 W1" in (tmp_path / f"{rank}.plan").read_text()
 
 
 def keep_number(rank: int, out: Path) -> None:
@@ -295,6 +305,9 @@ def test_a_plan_survives_a_file(tmp_path: Path) -> None:
     assert Placement.load(tmp_path / "plan.json") == plan
     assert plan.costs is not None
     assert plan.costs.t == (1e-3, 2e-3)
+    parts = replace(plan, b=(2.0, 2.0), w=(1.0, 1.5), first=(2.5, 2.5), rest=(2.0, 2.0)).costs
+    assert parts is not None
+    assert (parts.b, parts.w, parts.whole) == ((0.0, 2.5), (3.0, 2.0), (3.0, 3.5))  # rank 0 puts all of it off
     header, _, first, second = plan.table().splitlines()
     assert header.split(" | ")[:2] == ["stage", "student"]
     assert [cell.strip() for cell in first.split("|")][1:5] == ["a", "x", "1.00", "3.00"]
