@@ -18,11 +18,13 @@ from lightning_tspipe import _lightning
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.example import Examples
 from lightning_tspipe.module import TeacherStudentModule
+from lightning_tspipe.orders import SPLIT
 from lightning_tspipe.partition import Balance, Layers, Partition, chosen, explicit_cuts, find_layers
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.placing import Placer, check_same, named
-from lightning_tspipe.plan import SPLIT, Planner, estimate_costs, most_in_memory
+from lightning_tspipe.plan import Planner, estimate_costs, most_in_memory
 from lightning_tspipe.randomness import kept
+from lightning_tspipe.steps import Options
 from lightning_tspipe.taps import TapError
 from lightning_tspipe.topology import Topology
 
@@ -118,10 +120,11 @@ class Arrangement:
         assert found is not None
         return layers.cut(*found.sizes), found
 
-    def planner(self, post_ahead: int, resumed: int | None) -> Planner:
+    def planner(self, options: Options | None, post_ahead: int, resumed: int | None) -> Planner:
         """What plans the steps.
 
         Args:
+            options: of torch.compile; the backward of a compiled stage is one piece.
             post_ahead: see `Planner`.
             resumed: microbatches per batch of the run that is resumed.
         """
@@ -131,7 +134,17 @@ class Arrangement:
         if costs is None:
             costs = estimate_costs(self.parts)
             costs = costs.recomputed() if self._recompute else costs
-        planner = Planner(costs, lookahead, module.loss_over, self._schedule, post_ahead, max_held=self._max_held)
+        # a split one keeps what recomputing is to save
+        split = bool(costs.whole) and not self._recompute and options is None
+        planner = Planner(
+            costs,
+            lookahead,
+            module.loss_over,
+            self._schedule,
+            post_ahead,
+            split_backward=split,
+            max_held=self._max_held,
+        )
         if self._microbatches == "auto":
             found = self.placement.microbatches or planner.microbatches
             planner.microbatches = found if resumed is None else resumed

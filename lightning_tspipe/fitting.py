@@ -18,6 +18,7 @@ from lightning_tspipe.feed import Feed, FollowingFeed, LeadingFeed
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.randomness import Generators
+from lightning_tspipe.replan import Replanner
 from lightning_tspipe.replicas import Replicas
 from lightning_tspipe.runtime import Runtime
 from lightning_tspipe.stage import Stage
@@ -68,6 +69,9 @@ class Fitting:
         self._loaded = 0
         self._generators = Generators(stage.device)
         self._undo: list[Callable[[], None]] = []
+        self._replanner: Replanner | None = None
+        if comm is not None and stage.device.type == "cpu":  # a host's clock does not tell what a kernel takes
+            self._replanner = Replanner(self.runtime, comm)
         self.in_step = False
 
     def connect(self, places: tuple[dict[int, int], int], before_loading: Callable[[], list[Any]]) -> None:
@@ -124,6 +128,8 @@ class Fitting:
         step = self._trainer.global_step + 1
         updates = not _lightning.accumulates(self._trainer)
         next_version = self._version(step + updates)
+        if self._replanner is not None:
+            self._replanner.before_step(self._feed.current.info.microbatches)
         self.in_step = True
         with self._trainer.precision_plugin.train_step_context():
             report = self.runtime.run_step(

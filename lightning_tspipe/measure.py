@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tspipe import tree
+from lightning_tspipe import split, tree
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.memory import made_up, swap
 from lightning_tspipe.recording import unchanged
@@ -23,6 +23,7 @@ ENOUGH = 1.0  # seconds after which a layer is not run again
 REPEATS, ENOUGH_FOR_ALL = 3, 2.0  # the same for all layers of a rank, one after the other
 PING_BYTES = 4 << 20
 PINGS = 10
+SUMMED = ("forward", "inputs", "weights", "first", "rest", "held")  # over the views
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class LayerCost:
     """One layer and one microbatch.
 
     Args:
-        forward, inputs, weights: seconds of a forward, and of a backward for inputs and for weights.
+        forward, inputs, weights: seconds of a forward, and of a backward for inputs and for weights, in one piece.
+        first, rest: seconds of the two parts of a split backward.
         held: bytes kept between forward and backward, parameters left out.
         received, sent: bytes of what it takes and of what it gives.
         parameters: bytes of its parameters and buffers.
@@ -40,6 +42,8 @@ class LayerCost:
     forward: float
     inputs: float = 0.0
     weights: float = 0.0
+    first: float = 0.0
+    rest: float = 0.0
     held: int = 0
     sent: int = 0
     parameters: int = 0
@@ -48,7 +52,7 @@ class LayerCost:
 
     @property
     def seconds(self) -> float:
-        """Of all passes."""
+        """Of all passes, the backward in one piece."""
         return self.forward + self.inputs + self.weights
 
 
@@ -108,7 +112,7 @@ class Meter:
         trained = [tensor for tensor in tensors if tensor.requires_grad]
 
         def run(view: Any) -> tuple[Any, LayerCost]:
-            best = [math.inf] * 3
+            best = [math.inf] * 5
             leaves, structure = tree.flatten(view)
             leaves = [leaf.detach().requires_grad_(leaf.is_floating_point() and not first) for leaf in leaves]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -122,8 +126,16 @@ class Meter:
                 for place, sources in ((1, wanted), (2, [*wanted, *trained])):
                     start = self._now()
                     if results and sources:
-                        torch.autograd.grad(results, sources, given, retain_graph=place == 1, allow_unused=True)
+                        torch.autograd.grad(results, sources, given, retain_graph=True, allow_unused=True)
                     best[place] = min(best[place], self._now() - start)
+                start = self._now()
+                rest = split.backward_inputs(results, given, wanted) if results else None
+                middle = self._now()
+                if rest is not None:
+                    rest()
+                best[3], best[4] = min(best[3], middle - start), min(best[4], self._now() - middle)
+                for tensor in (*wanted, *trained):
+                    tensor.grad = None
             value = own_input(layer, tree.unflatten(leaves, structure))
             known = before | {tensor.untyped_storage().data_ptr() for tensor in tensors}
             saved: dict[int, int] = {}
@@ -140,14 +152,19 @@ class Meter:
                 place = leaf.untyped_storage().data_ptr()
                 if place in saved or place in known:
                     self._counted.add(place)
-            forward, inputs, both = best
+            forward, inputs, both, early, late = best
             inputs = min(inputs, both) if wanted else 0.0
-            cost = LayerCost(forward, inputs, both - inputs, sum(saved.values()))
+            cost = LayerCost(forward, inputs, both - inputs, early, late, sum(saved.values()))
             return tree.map_tensors(output, torch.Tensor.detach), cost
 
         before, self._counted = self._counted, set()
-        with torch.enable_grad():
-            return self._all(layer, run, tensors, views, sum(tensor.nbytes for tensor in trained))
+        gradients = [tensor.grad for tensor in trained]
+        try:
+            with torch.enable_grad():
+                return self._all(layer, run, tensors, views, sum(tensor.nbytes for tensor in trained))
+        finally:
+            for tensor, gradient in zip(trained, gradients, strict=True):
+                tensor.grad = gradient
 
     def _all(
         self,
@@ -161,7 +178,7 @@ class Meter:
         with self._borrowed(tensors), unchanged(layer.modules()):
             outputs, costs = zip(*(run(view) for view in views), strict=True)
         received, sent = (sum(leaf.nbytes for leaf in tree.flatten(list(of))[0]) for of in (views, outputs))
-        total = {name: sum(getattr(cost, name) for cost in costs) for name in ("forward", "inputs", "weights", "held")}
+        total = {name: sum(getattr(cost, name) for cost in costs) for name in SUMMED}
         sizes = {"received": received, "sent": sent, "parameters": size, "trained": trained}
         return list(outputs), replace(costs[0], **total, **sizes)
 

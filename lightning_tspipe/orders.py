@@ -37,9 +37,11 @@ from lightning_tspipe.schedule import (
 )
 
 ORDERS = ("auto", "afab", "1f1b", "afab-split", "zb")
+SPLIT = ("afab-split", "zb")
 BUDGET = 16_000  # stages x microbatches x simulations in a search: less than a second
 FEWEST = 16  # simulations, for a large problem
 NEARLY = 1e-9  # of rounding
+PAYS = 1.01  # by so much a step must be shorter for "auto" to split the backward, which takes more memory
 NEAR = 1.0025  # a step that is this near to its bound is as good as any
 MOST = 200  # simulations, for a small problem
 
@@ -87,11 +89,10 @@ def minimal_microbatches(
     if stages == 1:
         return 1
     every = range(stages)
-    t, f, b, w = (max(column) for column in (costs.t, costs.f, costs.b, costs.w))
-    student = [costs.work(k, 1) - costs.t[k] for k in every]
-    free = max(costs.work(k, 1) for k in every) - max(student)
-    back = b if split else max(costs.seconds("B", k) for k in every)
-    trip = max(t, f) + back + 2 * costs.message
+    t, f, w = (max(column) for column in (costs.t, costs.f, costs.w))
+    busy = [costs.work(k, 1, split) for k in every]
+    free = max(busy) - max(seconds - costs.t[k] for k, seconds in enumerate(busy))
+    trip = max(t, f) + max(costs.seconds("I" if split else "B", k) for k in every) + 2 * costs.message
     lean, hops = split and loss_over == "microbatch", stages - 1
     if lean and w + free * lookahead:
         need = max((hops * trip + w) / (free * lookahead + w), (hops * trip + t + f) / (t + f) if t + f else 0.0)
@@ -154,7 +155,7 @@ def find_schedule(
         lookahead: False keeps the teacher within its own step (delay 0 of a momentum teacher).
         loss_over: "batch" if the loss needs all outputs of the batch at once, else "microbatch".
         order: one of `ORDERS`; "auto" is the fastest of those that the other arguments allow.
-        split_backward: whether "auto" may split the backward into I and W.
+        split_backward: whether "auto" may split the backward into I and W; it does if that makes the step 1 % shorter.
         max_in_flight, max_held: as in `schedule.validate`; None: no bound for "auto".
 
     Raises:
@@ -250,6 +251,8 @@ class _Search:
         if self.best is not None and (worse, 2 * period) > self.best.score[:2]:  # slower messages make it no better
             return worse, 2 * period, 0, 0
         both = period + clock(schedule, self.slower).period
+        if self.auto and name in SPLIT:
+            both *= PAYS
         score = worse, float(f"{both:.9g}"), ORDERS.index(name), sum(schedule.ahead)
         if self.best is None or score < self.best.score:
             self.best = _Candidate(name, rows, schedule.ahead, score, period, policy)
@@ -283,19 +286,19 @@ class _Search:
     def into_holes(self, names: Sequence[str]) -> None:
         """The teacher in the holes of the student's timetable. Mostly the first try is the best, so there are few."""
         before = self.evaluations
-        periods = [self.bound * share for share in (1, 1.01, 1.03, 1.06)]
-        tries = [
-            (
-                (name, rows)
-                for limit in self.limits(name)
-                for rows in filled(self.policy(name, limit), self.microbatches, self.costs, periods)
-            )
-            for name in names
-        ]
+        tries = [self.holes(name) for name in names]
         for name, rows in (pair for row in itertools.zip_longest(*tries) for pair in row if pair is not None):
             self.offer(name, rows)
             if self.enough or self.evaluations - before >= self.budget // 3:
                 break
+
+    def holes(self, name: str) -> Iterator[tuple[str, Rows]]:
+        """Rows of an order, for steps from its bound to a little more."""
+        bound = max(self.costs.work(k, self.microbatches, name in SPLIT) for k in range(self.stages))
+        periods = [bound * share for share in (1, 1.01, 1.03, 1.06)]
+        for limit in self.limits(name):
+            for rows in filled(self.policy(name, limit), self.microbatches, self.costs, periods):
+                yield name, rows
 
     def greedy(self, names: Sequence[str]) -> None:
         """Simulate policies, the most promising of every order first, then vary the best one."""
@@ -336,7 +339,7 @@ class _Search:
 
     def policy(self, name: str, in_flight: tuple[int, ...]) -> Policy:
         """The policy of an order that has no teacher ahead."""
-        whole, split = name.startswith("afab"), name in ("afab-split", "zb")
+        whole, split = name.startswith("afab"), name in SPLIT
         return Policy((0,) * self.stages, in_flight, self.held, split, whole)
 
     def limits(self, name: str) -> list[tuple[int, ...]]:

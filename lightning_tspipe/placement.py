@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class Placement:
     Args:
         student, teacher: names of the layers, stage by stage.
         t, f, b, w: seconds of a teacher forward, student forward, backward for inputs and for weights, per stage.
+        first, rest: seconds of the two parts of a split backward, per stage; more than b + w.
         messages: seconds of a stage's messages.
         message: seconds of one message, on average.
         weights: bytes per stage of parameters and buffers, gradients, and an optimizer state of two numbers each.
@@ -46,6 +48,8 @@ class Placement:
     microbatches: int | None = None
     passed: tuple[float, ...] = ()
     recompute: bool = False
+    first: tuple[float, ...] = ()
+    rest: tuple[float, ...] = ()
 
     @property
     def stages(self) -> int:
@@ -63,6 +67,11 @@ class Placement:
         if not self.t:
             return None
         costs = Costs(self.t, self.f, self.b, self.w, self.message)
+        if self.first:
+            whole = tuple(map(add, self.b, self.w))
+            # the first stage owes nobody a gradient: its backward is put off as a whole
+            first, rest = (0.0, *self.first[1:]), (whole[0], *self.rest[1:])
+            costs = replace(costs, b=first, w=rest, whole=whole)
         return costs.recomputed() if self.recompute else costs
 
     @property

@@ -218,6 +218,8 @@ def _placement(
         f=sums([cost.forward for cost in student], stages[0]),
         b=sums([cost.inputs for cost in student], stages[0]),
         w=sums([cost.weights for cost in student], stages[0]),
+        first=sums([cost.first for cost in student], stages[0]),
+        rest=sums([cost.rest for cost in student], stages[0]),
         messages=tuple(messages),
         message=sum(single) / len(single),
         weights=of_both(lambda chain: chain.weights),

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
+from typing import Any
 
 from lightning_tspipe.layers import Layer
-from lightning_tspipe.orders import ORDERS, Found, find_schedule, minimal_microbatches
+from lightning_tspipe.orders import ORDERS, SPLIT, Found, find_schedule, minimal_microbatches
 from lightning_tspipe.partition import Partition
 from lightning_tspipe.schedule import Costs, LossOver, Schedule
 from lightning_tspipe.simulate import ReplayError, replay
 
 SCHEDULES = ORDERS
-SPLIT = ("afab-split", "zb")  # the orders whose backward is in two parts
 
 
 def estimate_costs(partition: Partition) -> Costs:
@@ -92,24 +92,42 @@ class Planner:
         if clipping and costs.exchange is None:  # the scalar goes up to rank 0 and down again
             costs = replace(costs, exchange=2 * (stages - 1) * costs.message)
         self.costs, self.lookahead, self.post_ahead = costs, lookahead, post_ahead
-        split = split_backward if schedule == "auto" else schedule in SPLIT
-        needs: LossOver = "batch" if schedule == "afab-split" else loss_over
-        self.microbatches = minimal_microbatches(stages, costs, lookahead=lookahead, split=split, loss_over=needs)
-        self._find = cache(
-            partial(
-                find_schedule,
-                stages,
-                costs=costs,
-                lookahead=lookahead,
-                loss_over=loss_over,
-                order=schedule,
-                split_backward=split_backward,
-                max_in_flight=max_in_flight,
-                max_held=max_held,
-            )
-        )
+        self._arguments: dict[str, Any] = {
+            "lookahead": lookahead, "loss_over": loss_over, "split_backward": split_backward,
+            "max_in_flight": max_in_flight, "max_held": max_held,
+        }  # fmt: skip
+        self._order = schedule
+        self._find = cache(partial(find_schedule, stages, costs=costs, order=schedule, **self._arguments))
         self._replayed: set[int] = set()
         self._find(1)  # an order that the loss does not allow is an error here
+        self._fewest = partial(
+            minimal_microbatches,
+            stages,
+            costs,
+            lookahead=lookahead,
+            loss_over="batch" if schedule == "afab-split" else loss_over,
+        )
+        self._backwards = (True, False) if split_backward and schedule == "auto" else (schedule in SPLIT,)
+
+    @cached_property
+    def microbatches(self) -> int:
+        """How many to take if nobody says: the fewest that fill the bubbles."""
+        return self._best(self._fewest(split=split) for split in self._backwards)
+
+    def again(self, costs: Costs) -> Planner:
+        """A planner with other costs, and all else the same, the number of microbatches too if it is chosen already."""
+        made = Planner(costs, schedule=self._order, post_ahead=self.post_ahead, **self._arguments)
+        if "microbatches" in vars(self):
+            made.microbatches = self.microbatches
+        return made
+
+    def come_after(self, old: Schedule) -> None:
+        """Make sure that a step can follow one of another schedule, whatever that one has done ahead.
+
+        Raises:
+            ReplayError: the ranks would wait for each other.
+        """
+        self.post_ahead = self._runs_with(self.schedule(old.microbatches), old.ahead)
 
     def find(self, microbatches: int) -> Found:
         """The schedule for batches of that many microbatches, and what is known of it."""
@@ -129,22 +147,34 @@ class Planner:
         The work of a batch is taken to be the same however it is cut. That a small microbatch costs more than its share
         is why few are preferred.
         """
-        tries = sorted({min(most, math.ceil(self.microbatches * share)) for share in (1, 1.125, 1.25, 1.5, 2)})
-        found = {count: self._find(count) for count in tries}
-        shares = {count: one.bound / one.period if one.period else 1.0 for count, one in found.items()}
-        return next(count for count in tries if shares[count] >= 0.99 * max(shares.values()))
+        return self._best(min(most, math.ceil(self.microbatches * share)) for share in (1, 1.125, 1.25, 1.5, 2))
 
-    def _runs_with(self, made: Schedule) -> int:
+    def _best(self, numbers: Iterable[int]) -> int:
+        tries = sorted(set(numbers))
+        if len(tries) == 1:
+            return tries[0]
+        shares = [self._share(count) for count in tries]
+        return next(count for count, share in zip(tries, shares, strict=True) if share >= 0.99 * max(shares))
+
+    def _share(self, microbatches: int) -> float:
+        """The bound over the step; 0 where no order keeps the bounds on memory."""
+        try:
+            found = self._find(microbatches)
+        except ValueError:
+            return 0.0
+        return found.bound / found.period if found.period else 1.0
+
+    def _runs_with(self, made: Schedule, first_done: int | Sequence[int] = 0) -> int:
         """How early receives must be posted so that no rank waits with a send for another that waits for it."""
         longest = max(map(len, made.ranks))
         for post_ahead in (self.post_ahead, 8, 32):
             if self.post_ahead <= post_ahead < longest:
                 try:
-                    replay(made, steps=3, post_ahead=post_ahead)
+                    replay(made, steps=3, first_done=first_done, post_ahead=post_ahead)
                 except ReplayError:
                     continue
                 return post_ahead
-        replay(made, steps=3, post_ahead=max(longest, self.post_ahead))
+        replay(made, steps=3, first_done=first_done, post_ahead=max(longest, self.post_ahead))
         return max(longest, self.post_ahead)
 
 

@@ -21,7 +21,7 @@ from lightning_tspipe.logrelay import LossReport
 from lightning_tspipe.lossside import LossSide
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.replicas import Replicas
-from lightning_tspipe.schedule import Action, Costs, Op, Schedule, lower, step_order
+from lightning_tspipe.schedule import Action, Costs, Kind, Op, Schedule, lower, step_order
 from lightning_tspipe.stage import Network, Stage, differentiable
 from lightning_tspipe.stopwatch import Stopwatch
 from lightning_tspipe.teacher import MomentumTeacher
@@ -60,8 +60,8 @@ class Runtime:
         replicas: Replicas | None = None,
         span: Callable[[str], AbstractContextManager[Any]] | None = None,
     ) -> None:
-        self._stage, self._comm, self._planner, self._teacher = stage, comm, planner, teacher
-        self.comm, self.planner, self.device = comm, planner, stage.device
+        self._stage, self._comm, self.planner, self._teacher = stage, comm, planner, teacher
+        self.comm, self.device = comm, stage.device
         self.stopwatch: Stopwatch | None = None  # notes when each action begins and ends, if there is one
         self._topology = topology
         self._place, self._last = topology.stage, topology.is_last
@@ -79,7 +79,8 @@ class Runtime:
         self._pending: Batch | None = None  # its teacher work has begun somewhere in the pipeline
         self._programs: dict[tuple[int, int], tuple[Op, ...]] = {}
         self.current: Schedule | None = None  # of the last step
-        self.busy: dict[str, float] = {"T": 0.0, "F": 0.0, "B": 0.0}
+        self.spent: dict[str, float] = dict.fromkeys("TFBIW", 0.0)  # seconds per kind of action, waits left out
+        self.ran: Counter[str] = Counter()  # actions per kind
         self._table: dict[tuple[str, str], Handler] = {
             ("run", "T"): self._teacher_forward,
             ("run", "F"): self._student_forward,
@@ -93,16 +94,27 @@ class Runtime:
     @property
     def microbatches(self) -> int:
         """How many microbatches the planner wants."""
-        return self._planner.microbatches
+        return self.planner.microbatches
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """Seconds spent in T, F and B; both parts of a split backward are in B."""
+        spent = self.spent
+        return {"T": spent["T"], "F": spent["F"], "B": spent["B"] + spent["I"] + spent["W"]}
 
     @property
     def costs(self) -> Costs:
         """What the planner takes the stages to cost."""
-        return self._planner.costs
+        return self.planner.costs
+
+    def follow(self, planner: Planner) -> None:
+        """Take the next steps' schedules from another planner; `Planner.come_after` must have been asked before."""
+        self.planner = planner
+        self._programs.clear()
 
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule that steps of that many microbatches follow."""
-        return self._planner.schedule(microbatches)
+        return self.planner.schedule(microbatches)
 
     def run_step(
         self,
@@ -213,7 +225,7 @@ class Runtime:
     def _program(self, microbatches: int, done: int) -> tuple[Op, ...]:
         if (microbatches, done) not in self._programs:
             row = self.schedule(microbatches).ranks[self._place]
-            order, post_ahead = step_order(row, done), self._planner.post_ahead
+            order, post_ahead = step_order(row, done), self.planner.post_ahead
             self._programs[microbatches, done] = lower(order, self._place, self._topology.stages, post_ahead=post_ahead)
         return self._programs[microbatches, done]
 
@@ -260,7 +272,7 @@ class Runtime:
             self._loss.keep_teacher(index, outputs)
         else:
             self._out = outputs
-        self.busy["T"] += time.perf_counter() - start
+        self._note("T", start)
 
     def _student_forward(self, batch: Batch, q: int) -> None:
         views = batch.student[q] if self._place == 0 else self._take("F")
@@ -275,19 +287,19 @@ class Runtime:
             if not gradients.knows(key):
                 leaves = differentiable(tree.flatten(outputs)[0])
                 gradients.know(key, tree.flatten(leaves)[1], shapes_of(leaves))
-        self.busy["F"] += time.perf_counter() - start
+        self._note("F", start)
 
     def _backward(self, batch: Batch, q: int) -> None:
-        self._differentiate(batch, q, self._stage.backward)
+        self._differentiate("B", batch, q, self._stage.backward)
         self._trained(batch)
 
     def _backward_inputs(self, batch: Batch, q: int) -> None:
-        self._differentiate(batch, q, self._stage.backward_inputs)
+        self._differentiate("I", batch, q, self._stage.backward_inputs)
 
     def _backward_weights(self, batch: Batch, q: int) -> None:
         start = time.perf_counter()
         self._stage.backward_weights((batch.info.index, q))
-        self.busy["B"] += time.perf_counter() - start
+        self._note("W", start)
         self._trained(batch)
 
     def _trained(self, batch: Batch) -> None:
@@ -299,7 +311,7 @@ class Runtime:
         if self._updates and self._replicas is not None:
             self._replicas.start(self._parameters, self._hooks.asked())
 
-    def _differentiate(self, batch: Batch, q: int, run: Callable[[Any, Any], list[Tensor]]) -> None:
+    def _differentiate(self, kind: Kind, batch: Batch, q: int, run: Callable[[Any, Any], list[Tensor]]) -> None:
         work = (batch.info.index, q)
         if self._last:
             start = time.perf_counter()
@@ -309,7 +321,11 @@ class Runtime:
             gradients = self._take("B")
             start = time.perf_counter()
         self._out = run(work, gradients)
-        self.busy["B"] += time.perf_counter() - start
+        self._note(kind, start)
+
+    def _note(self, kind: Kind, start: float) -> None:
+        self.spent[kind] += time.perf_counter() - start
+        self.ran[kind] += 1
 
     def _take(self, kind: str) -> Any:
         assert self._comm is not None

@@ -67,13 +67,14 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds per microbatch, one entry per stage; `b` + `w` is a full backward (leave `w` out if not split).
+    """Seconds per microbatch, one entry per stage; leave `w` out if the backward is not split.
 
     Args:
         t, f, b, w: teacher forward, student forward, backward for inputs, backward for weights.
         message, optimizer: seconds of one message between neighbours, and of one optimizer step of a rank.
         exchange: seconds from the last backward of all ranks until any rank may make its optimizer step, where a
             scalar of all stages comes before it (clipping by norm, a loss scale); None: no rank waits for another.
+        whole: a full backward, of which the two parts may take more; none given: `b` + `w`.
     """
 
     t: tuple[float, ...]
@@ -83,11 +84,12 @@ class Costs:
     message: float = 0.0
     optimizer: float = 0.0
     exchange: float | None = None
+    whole: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.w:
             object.__setattr__(self, "w", (0.0,) * len(self.b))
-        lengths = {name: len(getattr(self, name)) for name in "tfbw"}
+        lengths = {name: len(getattr(self, name)) for name in (*"tfbw", *(["whole"] if self.whole else []))}
         require(len(set(lengths.values())) == 1 and bool(self.t), f"costs need one entry per stage, not {lengths}")
         for name, value in asdict(self).items():
             if value is None:
@@ -104,16 +106,25 @@ class Costs:
     def recomputed(self) -> Costs:
         """Where every backward begins with its forward again: in I, but in W on the first stage, whose I is nothing."""
         b, w = ((self.b[0], *map(add, self.b[1:], self.f[1:])), (self.w[0] + self.f[0], *self.w[1:]))
-        return replace(self, b=b, w=w)
+        return replace(self, b=b, w=w, whole=tuple(map(add, self.whole, self.f)))
 
     def seconds(self, kind: Kind, stage: int) -> float:
         """What one action takes on a stage."""
         b, w = self.b[stage], self.w[stage]
-        return {"T": self.t[stage], "F": self.f[stage], "B": b + w, "I": b, "W": w}[kind]
+        whole = self.whole[stage] if self.whole else b + w
+        return {"T": self.t[stage], "F": self.f[stage], "B": whole, "I": b, "W": w}[kind]
 
-    def work(self, stage: int, microbatches: int) -> float:
-        """Seconds that a rank is busy per step; no schedule has a step shorter than the largest of them."""
-        return microbatches * (self.t[stage] + self.f[stage] + self.b[stage] + self.w[stage]) + self.optimizer
+    def work(self, stage: int, microbatches: int, split: bool | None = None) -> float:
+        """Seconds that a rank is busy per step; no schedule has a step shorter than the largest of them.
+
+        Args:
+            stage: which rank.
+            microbatches: M.
+            split: whether its backwards are split; None: whatever is less work.
+        """
+        whole, parts = self.seconds("B", stage), self.b[stage] + self.w[stage]
+        backward = min(whole, parts) if split is None else parts if split else whole
+        return microbatches * (self.t[stage] + self.f[stage] + backward) + self.optimizer
 
 
 @dataclass(frozen=True, slots=True)

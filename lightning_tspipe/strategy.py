@@ -63,8 +63,8 @@ class TSPipeStrategy(ReportingStrategy):
         stages: number of stages; "auto" takes all devices. With fewer, there are several pipelines, data-parallel
             replicas that average their gradients.
         microbatches: per batch; "auto" takes the fewest that let the teacher fill the bubbles.
-        schedule: the order of the work; "auto", "afab" (all forwards, then all backwards), "1f1b", or "afab-split" and
-            "zb", the same two with the backward split into inputs and weights.
+        schedule: the order of the work; "afab" (all forwards, then all backwards), "1f1b", or "afab-split" and "zb",
+            the same two with the backward split into inputs and weights; "auto" takes the fastest by measured costs.
         balance: "auto" (measured), "parameters", the numbers of layers of the stages, a dict of these (`partition`), or
             the path of a plan that `placement.save` has written.
         max_memory: bytes that a rank's weights, gradients, optimizer state and activations may take, which bounds what
@@ -168,7 +168,7 @@ class TSPipeStrategy(ReportingStrategy):
             self.setup_optimizers(trainer)
             post_ahead = 0 if self._comm is None else self._comm.post_ahead
             resumed = self._resumed.get("microbatches")  # a resumed run goes on with the number that it had
-            planner = arrangement.planner(post_ahead, resumed)
+            planner = arrangement.planner(options, post_ahead, resumed)
             self._chosen = planner.microbatches if self._microbatches == "auto" else self._microbatches
             self.placement = replace(self.placement, microbatches=self._chosen)
             self._fitting = Fitting(

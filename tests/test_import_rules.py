@@ -26,7 +26,7 @@ ORDER = (
     *("partition", "teacher", "plan", "split", "reach"),
     # one rank at work
     *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "scope", "lossside", "checkpoint"),
-    *("stopwatch", "runtime", "measure", "placing", "randomness"),
+    *("stopwatch", "runtime", "replan", "measure", "placing", "randomness"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
     *(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def test_a_measurement_leaves_no_trace() -> None:
     assert not views[0].requires_grad
     assert min(cost.forward, cost.inputs, cost.weights) >= 0 < cost.forward
     assert layer[2].count == 0
+    assert min(cost.first, cost.rest) > 0
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert {name: id(v) for name, v in (*layer.named_parameters(), *layer.named_buffers())} == identities
@@ -129,16 +131,18 @@ def test_passes_are_told_apart() -> None:
     _, within = meter.student(layer, list(layer.parameters()), [torch.randn(2, 4)], first=False)
     assert within.forward >= LONG
     assert within.inputs >= 3 * LONG
+    assert within.first >= 3 * LONG > within.rest
     _, first = meter.student(layer, list(layer.parameters()), [torch.randn(2, 4)], first=True)
     assert first.inputs == 0
     assert first.weights >= 3 * LONG
+    assert first.rest >= 3 * LONG > first.first
 
 
 def test_a_forward_that_runs_again_moves_the_cut() -> None:
     """Its seconds count twice; and of what is in flight only what goes in and out of a stage."""
     passes = (8.0, 1.0, 1.0), (1.0, 2.0, 1.0), (1.0, 5.0, 5.0)
     costs = [
-        LayerCost(*of, held, 3, 4, 2, received)
+        LayerCost(*of, held=held, sent=3, parameters=4, trained=2, received=received)
         for of, held, received in zip(passes, (8, 16, 32), (1, 2, 3), strict=True)
     ]
     kept = chain_of(costs, MessageCost(), 2)
@@ -183,6 +187,10 @@ class Shown(L.Callback):
         strategy: Any = trainer.strategy
         strategy.placement.save(self.folder / f"{trainer.global_rank}.json")
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        strategy: Any = trainer.strategy
+        (self.folder / f"{trainer.global_rank}.plan").write_text(str(strategy.plan))
+
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_a_fit_is_cut_by_time(tmp_path: Path, momentum: float | None) -> None:
@@ -210,23 +218,40 @@ def test_a_fit_is_cut_by_time(tmp_path: Path, momentum: float | None) -> None:
     assert not Placement.load(tmp_path / "0.json").t
 
 
-def give_back(rank: int, out: Path) -> None:
-    """Fit by a saved plan, in which all slow layers are on one rank."""
+def follow(rank: int, out: Path, plan: Placement, **options: Any) -> Any:
+    """Fit by a saved plan; the trainer and its strategy."""
     torch.set_num_threads(1)
-    names, ones = tuple("01234"), (1.0, 1.0)
-    costs: Any = {"t": ones, "f": (2.0, 3.0), "b": ones, "w": ones, "messages": ones, "weights": (7.0, 7.0)}
-    plan = Placement((names[:4], names[4:]), (("0", "1", "2"), ("3",)), **costs, held=(50.0, 50.0), passed=(5.0, 5.0))
     plan.save(out / f"given{rank}.json")
-    # there is room for two microbatches only if of one of them nothing but what goes in and out of the stage is there
-    strategy = TSPipeStrategy(microbatches=2, balance=str(out / f"given{rank}.json"), recompute=True, max_memory=67)
+    strategy = TSPipeStrategy(microbatches=2, balance=str(out / f"given{rank}.json"), **options)
     trainer = L.Trainer(
         accelerator="cpu", devices=2, strategy=strategy, max_steps=2, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[Shown(out)],
     )  # fmt: skip
     trainer.fit(Uneven(), loader())
+    return trainer, strategy
+
+
+NAMES, ONES = tuple("01234"), (1.0, 1.0)
+GIVEN = Placement(
+    (NAMES[:4], NAMES[4:]), (("0", "1", "2"), ("3",)), ONES, (2.0, 3.0), ONES, ONES, ONES,
+    weights=(7.0, 7.0), held=(50.0, 50.0), passed=(5.0, 5.0),
+)  # fmt: skip
+
+
+def give_back(rank: int, out: Path) -> None:
+    """A plan in which all slow layers are on one rank.
+
+    There is room for two microbatches only if of one of them nothing but what goes in and out of the stage is there.
+    """
+    trainer, strategy = follow(rank, out, GIVEN, recompute=True, max_memory=67)
     strategy._max_memory = 61
     with pytest.raises(ValueError, match="A microbatch takes 5 bytes on rank 0, more than the 4"):
         trainer.fit(Uneven(), loader())
+
+
+def give_back_parts(rank: int, out: Path) -> None:
+    """A plan that says that the two parts of a backward take no more than the whole, and little can fill holes."""
+    follow(rank, out, replace(GIVEN, t=(0.1, 0.1), f=ONES, first=ONES, rest=ONES))
 
 
 def test_a_saved_plan_is_followed(zygote: Zygote, tmp_path: Path) -> None:
@@ -242,6 +267,14 @@ def test_a_saved_plan_is_followed(zygote: Zygote, tmp_path: Path) -> None:
         assert titles[3:] == ["T ms", "F ms", "F again ms", "I ms", "W ms", "messages ms", "sum ms", "weights MiB",
                               "microbatch MiB", "recomputed MiB"]  # fmt: skip
         assert cells[3:9] == ["1000.00", "2000.00", "2000.00", "1000.00", "1000.00", "1000.00"]
+
+
+def test_a_saved_plan_may_split_the_backward(zygote: Zygote, tmp_path: Path) -> None:
+    assert zygote.run("tests.test_measure:give_back_parts", 2, tmp_path) == [0, 0]
+    for rank in (0, 1):
+        assert "I0 I1 W0 W1" in (tmp_path / f"{rank}.plan").read_text()
+    parts = replace(GIVEN, first=ONES, rest=(2.0, 2.0), recompute=True).costs
+    assert parts == Costs((1.0, 1.0), (2.0, 3.0), (0.0, 4.0), (4.0, 2.0), whole=(4.0, 5.0))
 
 
 def keep_number(rank: int, out: Path) -> None:
@@ -345,6 +378,9 @@ def test_a_plan_survives_a_file(tmp_path: Path) -> None:
     assert Placement.load(tmp_path / "plan.json") == plan
     assert plan.costs is not None
     assert plan.costs.t == (1e-3, 2e-3)
+    parts = replace(plan, b=(2.0, 2.0), w=(1.0, 1.5), first=(2.5, 2.5), rest=(2.0, 2.0)).costs
+    assert parts is not None
+    assert (parts.b, parts.w, parts.whole) == ((0.0, 2.5), (3.0, 2.0), (3.0, 3.5))  # rank 0 puts all of it off
     header, _, first, second = plan.table().splitlines()
     assert header.split(" | ")[:2] == ["stage", "student"]
     assert [cell.strip() for cell in first.split("|")][1:5] == ["a", "x", "1.00", "3.00"]

@@ -67,10 +67,32 @@ def test_the_backward_is_split_only_if_that_is_allowed(lookahead: bool) -> None:
         assert {action.kind for row in whole.schedule(7).ranks for action in row} == {"T", "F", "B"}
     split = Planner(Costs.uniform(4), lookahead, "microbatch", split_backward=True)
     assert split.microbatches == (4 if lookahead else 7)
-    found = split.find(7)
+    found = split.find(split.microbatches)
     assert {action.kind for row in found.schedule.ranks for action in row} == {"T", "F", "I", "W"}
     assert found.order == "zb"
     assert found.period == found.bound
+
+
+@pytest.mark.parametrize(("part", "order", "period"), [(1.0, "zb", 28), (1.1, "zb", 29.4), (1.8, "afab", 37)])
+def test_the_backward_is_split_only_if_that_pays(part: float, order: str, period: float) -> None:
+    """Where the two parts take more than the whole."""
+    costs = replace(Costs.uniform(4), b=(part,) * 4, w=(part,) * 4, whole=(2.0,) * 4)
+    found = Planner(costs, False, "microbatch", split_backward=True).find(7)
+    assert found.order == order
+    assert found.period == pytest.approx(period)
+    assert timeline(found.schedule, costs).lower_bound == found.bound == 28
+
+
+def test_the_number_of_microbatches_is_for_the_backward_that_is_faster() -> None:
+    for part, fewest in ((1.0, 4), (1.2, 9)):  # 4.4 in place of 4: with 9 microbatches the whole one has no bubble
+        costs = replace(Costs.uniform(4), b=(part,) * 4, w=(part,) * 4, whole=(2.0,) * 4)
+        planner = Planner(costs, True, "microbatch", split_backward=True)
+        assert planner.microbatches == fewest
+        assert planner.find(fewest).order == ("zb" if part == 1 else "afab")
+    for most, number in ((9, 9), (7, 6)):  # a whole one, which costs a tenth less, needs 9
+        costs = replace(Costs.uniform(4, b=0.95, w=1.25), whole=(2.0,) * 4)
+        tight = Planner(costs, True, "batch", split_backward=True, max_held=(most,) * 4)
+        assert tight.microbatches == number
 
 
 def test_where_lookahead_is_enough_the_simple_order_is_kept() -> None:
