@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.partition import Balance, Layers, Partition, chosen, explicit_cuts, find_layers
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.placing import Placer, check_same, named
-from lightning_tspipe.plan import Planner, estimate_costs, most_in_memory
+from lightning_tspipe.plan import SPLIT, Planner, estimate_costs, most_in_memory
 from lightning_tspipe.randomness import kept
 from lightning_tspipe.taps import TapError
 from lightning_tspipe.topology import Topology
@@ -49,6 +50,8 @@ class Arrangement:
         comm: this rank's connections; None for one stage.
         balance: what the user asked for.
         microbatches: per batch; "auto" if that is to be found.
+        schedule: the order of the work, or "auto".
+        recompute: whether the student's forwards run again in their backwards.
         max_memory: bytes per rank; None: what the device has.
         broadcast: gives every rank what rank 0 has.
     """
@@ -61,6 +64,8 @@ class Arrangement:
         comm: Comm | None,
         balance: Balance | Placement,
         microbatches: int | str,
+        schedule: str,
+        recompute: bool,
         max_memory: int | None,
         broadcast: Callable[[Any], Any],
     ) -> None:
@@ -68,6 +73,7 @@ class Arrangement:
         self._device = trainer.strategy.root_device
         self._limit = _limit(self._device, max_memory)
         self._broadcast, self._microbatches = broadcast, microbatches
+        self._schedule, self._recompute = schedule, recompute
         source = None if module.momentum is None else module.ema_source()
         cuts = {} if isinstance(balance, Placement) else explicit_cuts(balance, source is not None)
         examples = Examples(trainer, module, broadcast)
@@ -82,7 +88,7 @@ class Arrangement:
             fits = trainer.state.fn == TrainerFn.FITTING
             if isinstance(balance, Placement):
                 check_same(balance, layers, stages)
-                self.parts, self.placement = layers.cut(*balance.sizes), balance
+                self.parts, self.placement = layers.cut(*balance.sizes), replace(balance, recompute=recompute)
             elif balance == "auto" and fits and stages > 1:
                 self.parts, self.placement = self._measured(layers, examples, microbatches)
             else:
@@ -100,7 +106,8 @@ class Arrangement:
         if self._topology.replica == 0:
             assert self._comm is not None
             context = self._trainer.precision_plugin.train_step_context
-            placer = Placer(layers, stages, self._comm, self._device, context)
+            recompute = self._recompute, self._keeps_inputs
+            placer = Placer(layers, stages, self._comm, self._device, context, *recompute)
             over_batch = self._module.loss_over == "batch"
             in_flight = [count if over_batch else min(count, stages - stage) for stage in range(stages)]
             with kept(self._device, *self._module.modules()):
@@ -111,22 +118,29 @@ class Arrangement:
         assert found is not None
         return layers.cut(*found.sizes), found
 
-    def planner(self, schedule: str, recompute: bool, post_ahead: int, resumed: int | None) -> Planner:
+    def planner(self, post_ahead: int, resumed: int | None) -> Planner:
         """What plans the steps.
 
         Args:
-            schedule, recompute: what the user asked for.
             post_ahead: see `Planner`.
             resumed: microbatches per batch of the run that is resumed.
         """
         module = self._module
         lookahead = module.momentum is None or module.teacher_delay != 0
-        costs = self.placement.costs or estimate_costs(self.parts, recompute)
-        planner = Planner(costs, lookahead, module.loss_over, schedule, post_ahead, max_held=self._max_held)
+        costs = self.placement.costs
+        if costs is None:
+            costs = estimate_costs(self.parts)
+            costs = costs.recomputed() if self._recompute else costs
+        planner = Planner(costs, lookahead, module.loss_over, self._schedule, post_ahead, max_held=self._max_held)
         if self._microbatches == "auto":
             found = self.placement.microbatches or planner.microbatches
             planner.microbatches = found if resumed is None else resumed
         return planner
+
+    @property
+    def _keeps_inputs(self) -> bool:
+        """Whether a stage holds the activations of one microbatch at a time: a split backward keeps them for W."""
+        return self._recompute and self._schedule not in SPLIT
 
     @property
     def _max_held(self) -> tuple[int, ...] | None:
@@ -134,7 +148,10 @@ class Arrangement:
         if not self.placement.held or self._limit == math.inf:
             return None
         left = [self._limit - weights for weights in self.placement.weights]
-        return most_in_memory(left, self.placement.held)
+        if not self._keeps_inputs or not self.placement.passed:
+            return most_in_memory(left, self.placement.held)
+        left = [free - held for free, held in zip(left, self.placement.held, strict=True)]
+        return most_in_memory(left, self.placement.passed)
 
 
 def _limit(device: torch.device, max_memory: int | None) -> float:

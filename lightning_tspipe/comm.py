@@ -202,6 +202,8 @@ class Comm:
         world.any()  # the groups below would wait for a rank that has failed by now
         for replica in range(topology.replicas):  # every process takes part in making every group
             self._connect(topology.pipeline(replica), replica == topology.replica, backend, world.timeout)
+        # this rank and no other, for the loss; every rank makes one, since groups are counted in the same order on all
+        self.alone = _new_group((topology.rank,), backend, world.timeout, local=True)
         stage, stages = self.stage, self.stages
         self.lines_in = {name: Line(self, name, 0) for name in ("header", "verdict")} if stage else {}
         self.lines_out: dict[str, Line] = {}
@@ -388,8 +390,8 @@ class Comm:
         return self.share(value, self.stages - 1)
 
 
-def _new_group(ranks: tuple[int, ...], backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
+def _new_group(ranks: tuple[int, ...], backend: str, timeout: timedelta, local: bool = False) -> dist.ProcessGroup:
+    group = dist.new_group(list(ranks), backend=backend, timeout=timeout, use_local_synchronization=local)
     return cast(dist.ProcessGroup, group)  # for ranks outside of the group it is a number, which is never used
 
 

@@ -66,7 +66,8 @@ class Runtime:
         self._topology = topology
         self._place, self._last = topology.stage, topology.is_last
         self._parameters, self._replicas = parameters, replicas
-        self._loss = LossSide(stage, comm, loss_over, topology)
+        world = comm.alone if comm is not None else None
+        self._loss = LossSide(stage, comm, loss_over, topology, world if replicas is None else replicas.group)
         self._span = span
         self._done: Counter[int] = Counter()  # batch -> teacher forwards already made
         self._versions: dict[int, int] = {}

@@ -73,7 +73,7 @@ class TSPipeStrategy(ReportingStrategy):
         process_group_backend: "nccl" or "gloo"; None takes nccl on GPUs and gloo elsewhere.
         timeout: how long one message may take.
         state_dict_type: of checkpoints: "full" is one file, "sharded" a folder to which each rank writes its own part.
-        recompute: whether a student stage keeps its inputs only, and runs again in the backward.
+        recompute: whether a student stage keeps only what goes in and out of it, and runs again in the backward.
         compile: whether each stage goes through torch.compile, or the arguments for that.
 
     Raises:
@@ -148,8 +148,9 @@ class TSPipeStrategy(ReportingStrategy):
         self._connect(topology)
         self._undo.append(partial(_lightning.forget_loader, trainer))
         arrangement = Arrangement(
-            trainer, module, topology, self._comm, self._balance, self._microbatches, self._max_memory, self.broadcast
-        )
+            trainer, module, topology, self._comm, self._balance, self._microbatches, self._schedule, self._recompute,
+            self._max_memory, self.broadcast,
+        )  # fmt: skip
         self._partition, self.placement = arrangement.parts, arrangement.placement
         parts = arrangement.parts
         self._shards = Shards(module, parts.owners(), topology.stage, self._comm, self._replicas)
@@ -167,7 +168,7 @@ class TSPipeStrategy(ReportingStrategy):
             self.setup_optimizers(trainer)
             post_ahead = 0 if self._comm is None else self._comm.post_ahead
             resumed = self._resumed.get("microbatches")  # a resumed run goes on with the number that it had
-            planner = arrangement.planner(self._schedule, self._recompute, post_ahead, resumed)
+            planner = arrangement.planner(post_ahead, resumed)
             self._chosen = planner.microbatches if self._microbatches == "auto" else self._microbatches
             self.placement = replace(self.placement, microbatches=self._chosen)
             self._fitting = Fitting(

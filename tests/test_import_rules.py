@@ -18,14 +18,15 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 # From bottom to top: a module imports only from modules that stand before it here.
 ORDER = (
     # stdlib only
-    *("errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"),
-    *("journal", "rivals", "prospects", "perfetto", "picture"),
+    *("errors", "topology", "schedule", "clock", "simulate"),
+    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "prospects"),
+    "perfetto",
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
     *("partition", "teacher", "plan", "split", "reach"),
     # one rank at work
-    *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "lossside", "checkpoint"),
-    *("stopwatch", "runtime", "measure", "placing", "randomness"),
+    *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "scope", "lossside", "checkpoint"),
+    *("stopwatch", "picture", "runtime", "measure", "placing", "randomness"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
     *(
@@ -46,8 +47,7 @@ ORDER = (
         "__init__",
     ),
 )
-STDLIB_ONLY = {"errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"}
-STDLIB_ONLY |= {"journal", "rivals", "prospects", "perfetto"}
+STDLIB_ONLY = {*ORDER[: ORDER.index("tree")]}
 KNOW_LIGHTNING = {
     *(
         "_lightning",

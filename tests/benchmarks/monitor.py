@@ -20,7 +20,7 @@ from tests.benchmarks.problem import Problem
 from tests.benchmarks.processes import run_forked
 
 EVERY, NUM_BLOCKS = 10, 160
-PROBLEM = Problem(2, 24, NUM_BLOCKS * EVERY, forward_s=0.0, backward_s=0.0)  # a step is nothing but the runtime's cost
+PROBLEM = Problem(2, 24, NUM_BLOCKS * EVERY, 0.0, 0.0, 0.0, 0.0)  # a step is nothing but the runtime's cost
 
 
 @dataclass(frozen=True)
