@@ -19,14 +19,14 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 ORDER = (
     # stdlib only
     *("errors", "topology", "schedule", "clock", "simulate"),
-    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "prospects"),
-    "perfetto",
+    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "prospects", "perfetto"),
+    "picture",  # and Pillow, where it draws
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
     *("partition", "teacher", "plan", "split", "reach"),
     # one rank at work
     *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "scope", "lossside", "checkpoint"),
-    *("stopwatch", "picture", "runtime", "measure", "placing", "randomness"),
+    *("stopwatch", "runtime", "measure", "placing", "randomness"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
     *(
@@ -47,7 +47,7 @@ ORDER = (
         "__init__",
     ),
 )
-STDLIB_ONLY = {*ORDER[: ORDER.index("tree")]}
+STDLIB_ONLY = {*ORDER[: ORDER.index("picture")]}
 KNOW_LIGHTNING = {
     *(
         "_lightning",
