@@ -112,6 +112,7 @@ class ShowPlan(pl.Callback):
             teacher=_bytes(pl_module.teacher),
             weights=placement.weights,
             held=tuple(scale * each for each in placement.held),
+            passed=tuple(scale * each for each in placement.passed) if placement.recompute else (),
         )
         say(f"Costs of {placement.rows} samples, as measured:\n{placement.table()}\n")
         say(report(pair, placement.microbatches, machine, prospects(pair, placement.microbatches, machine)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lightning_tspipe.journal import table
 from lightning_tspipe.orders import ORDERS, find_schedule, minimal_microbatches
@@ -13,6 +15,7 @@ from lightning_tspipe.schedule import Costs, LossOver
 from lightning_tspipe.simulate import timeline
 
 GB = 1e9
+SPLIT = ("afab-split", "zb")
 SHORT = 0.5e-3  # seconds of an action that are not much more than what the runtime adds
 CLEARLY = 0.99  # what is within 1 % is as fast
 ASSUMPTIONS = """\
@@ -35,6 +38,7 @@ class Pair:
         student, teacher: bytes of their parameters; 0: not known.
         weights: bytes per stage of parameters, gradients and optimizer state; empty: not known.
         held: bytes per stage that a microbatch takes between its forward and its backward; empty: not known.
+        passed: bytes per stage that it takes with recomputation, while one at a time takes `held`; empty: without it.
     """
 
     costs: Costs
@@ -44,6 +48,7 @@ class Pair:
     teacher: float = 0.0
     weights: tuple[float, ...] = ()
     held: tuple[float, ...] = ()
+    passed: tuple[float, ...] = ()
 
     @property
     def stages(self) -> int:
@@ -106,8 +111,15 @@ def prospects(pair: Pair, microbatches: int, machine: Machine) -> list[Prospect]
     for order in ORDERS[1:]:
         any_loss = order.startswith("afab")
         loss: LossOver = "batch" if any_loss else "microbatch"
-        made = find_schedule(stages, microbatches, costs, lookahead=pair.lookahead, loss_over=loss, order=order)
-        peak = _peak(pair, timeline(made.schedule, costs).held)
+        split = order in SPLIT
+        find = partial(
+            find_schedule, stages, microbatches, costs, lookahead=pair.lookahead, loss_over=loss, order=order
+        )
+        try:
+            made = find(max_held=_most(pair, machine, split))
+        except ValueError:  # it does not fit
+            made = find()
+        peak = _peak(pair, timeline(made.schedule, costs).held, split)
         found.append(Prospect(f'tspipe, schedule="{order}"', made.period, mean / made.period, peak, any_loss, True))
     held: dict[str, Sequence[float]] = {
         "GPipe": [microbatches] * stages,
@@ -119,23 +131,41 @@ def prospects(pair: Pair, microbatches: int, machine: Machine) -> list[Prospect]
     for name, seconds in periods(costs, microbatches).items():
         order = name.split(",")[0]
         whole = order not in held  # all microbatches at once
-        peak = _peak(pair, held.get(order, [microbatches] * stages))
+        peak = _peak(pair, held.get(order, [microbatches] * stages), order.startswith("ZB"))
         found.append(Prospect(name, seconds, mean / seconds, peak, any_loss=whole))
     return [*found, *_data_parallel(pair, microbatches, machine, mean)]
 
 
-def _peak(pair: Pair, held: Sequence[float]) -> float | None:
+def _memory(pair: Pair, split: bool) -> tuple[Sequence[float], Sequence[float]]:
+    """Bytes per stage: what is there anyhow, and what comes with each microbatch; a split backward keeps it all."""
+    if not pair.passed or split:
+        return pair.weights, pair.held
+    return [w + h for w, h in zip(pair.weights, pair.held, strict=True)], pair.passed
+
+
+def _peak(pair: Pair, held: Sequence[float], split: bool) -> float | None:
     if not pair.weights or not pair.held:
         return None
-    return max(w + n * each for w, n, each in zip(pair.weights, held, pair.held, strict=True))
+    fixed, each = _memory(pair, split)
+    return max(there + n * more for there, n, more in zip(fixed, held, each, strict=True))
+
+
+def _most(pair: Pair, machine: Machine, split: bool) -> list[int] | None:
+    """How many microbatches fit on each rank; None where that is not known."""
+    if machine.memory is None or not pair.weights or not pair.held:
+        return None
+    fixed, each = _memory(pair, split)
+    return [int((machine.memory - there) // more) if more else sys.maxsize
+            for there, more in zip(fixed, each, strict=True)]  # fmt: skip
 
 
 def _data_parallel(pair: Pair, microbatches: int, machine: Machine, mean: float) -> list[Prospect]:
     """DDP and FSDP: each rank has all layers, and its share of the batch."""
     count = pair.stages
     backward = sum(map(sum, (pair.costs.b, pair.costs.w))) * microbatches / count
-    weights, held = (sum(column) if column else None for column in (pair.weights, pair.held))
-    rest = None if held is None else held * microbatches / count
+    weights, held = (sum(column) if column else None for column in (pair.weights, pair.passed or pair.held))
+    most = max(pair.held) if pair.passed else 0.0  # one stage at a time runs again
+    rest = None if held is None else (held + most) * microbatches / count
     known = count == 1 or (bool(machine.bandwidth) and pair.student > 0)
     part = (count - 1) / count / machine.bandwidth if machine.bandwidth else 0.0
     ddp = mean - backward + max(backward, 2 * part * pair.student)

@@ -293,6 +293,7 @@ def test_a_logger_that_draws_the_model_is_refused(tmp_path: Path) -> None:
         check_trainer(draws, Small(), 2, "auto")
     assert "Use log_graph=False" in str(caught.value)
     check_trainer(draws, Small(), 1, "auto")
+    check_trainer(trainer(2, logger=True, fast_dev_run=True), Small(), 2, "auto")  # its logger has any attribute
 
 
 def fake_trainer(device: str) -> Any:

@@ -20,7 +20,7 @@ ORDER = (
     # stdlib only
     *("errors", "topology", "schedule", "clock", "simulate"),
     *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "prospects", "perfetto"),
-    "picture",  # and matplotlib, where it is asked for
+    "picture",  # and Pillow, where it draws
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
     *("partition", "teacher", "plan", "split", "reach"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_tspipe import PipelineMonitor, stopwatch
+from lightning_tspipe import PipelineMonitor, PipelineTrace, stopwatch
 from tests.multiproc import Fit, result_of, run_fits
 from tests.scripts.small import Small, loader
 from tests.test_runtime import SHORT, Notes
@@ -137,6 +138,18 @@ def test_it_logs_the_planned_seconds_where_costs_were_measured(tmp_path: Path) -
 
 
 stopwatch_time = stopwatch.time
+
+
+def test_with_replicas_the_first_pipeline_is_logged_and_drawn(tmp_path: Path) -> None:
+    """The trace has the first four batches of eight, in which the monitor pauses."""
+    callbacks = [PipelineTrace(tmp_path / "trace", steps=4), PipelineMonitor(2)]
+    trainer = {"callbacks": callbacks, "logger": CSVLogger(tmp_path)}
+    run_fits([Fit(Small, lambda: loader(64, 4), 4, MICROBATCHES, strategy=SHORT | {"stages": 2}, trainer=trainer)], 40)
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [5, 7]
+    assert {name[:7] for name in rows[0] if name.startswith("rank_")} == {"rank_0_", "rank_1_"}
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["tid"] for event in events if event["ph"] == "X"} == {0, 1}
 
 
 def test_it_needs_a_pipeline_a_logger_and_a_number() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from lightning_tspipe import rivals
 from lightning_tspipe.clock import clock
-from lightning_tspipe.orders import plain_rows
+from lightning_tspipe.plain import plain_rows
 from lightning_tspipe.prospects import GB, Machine, Pair, prospects, report, verdict
 from lightning_tspipe.rivals import Stages, fused, halves, period, periods
 from lightning_tspipe.schedule import Costs, Schedule
@@ -113,6 +113,27 @@ def test_memory_rules_out_what_does_not_fit() -> None:
     )
     lean = said(pair(loss_over="microbatch"), 12, Machine(1 * GB, 1.2 * GB))  # afab would take 1.55
     assert 'The pipeline is the better choice: tspipe, schedule="1f1b"' in lean
+
+
+def test_orders_keep_the_memory_that_there_is() -> None:
+    """1F1B holds more than P-k microbatches where that is faster, and fewer where they do not fit."""
+    by_name = lambda memory: {  # noqa: E731
+        one.name: one for one in prospects(pair(loss_over="microbatch"), 12, Machine(GB, memory))
+    }
+    for name in ('tspipe, schedule="1f1b"', 'tspipe, schedule="zb"'):
+        free, bound = by_name(None)[name], by_name(0.85 * GB)[name]
+        assert free.peak is not None
+        assert bound.peak is not None
+        assert bound.peak <= 0.85 * GB < free.peak
+        assert bound.seconds >= free.seconds
+
+
+def test_recomputation_keeps_little_and_one_microbatch_whole() -> None:
+    """0.01 GB per microbatch and stage, and 0.1 once; a split backward keeps all until its second half."""
+    lean = {one.name: one.peak for one in prospects(pair(passed=(0.01 * GB,) * 4), 12, Machine())}
+    assert lean['tspipe, schedule="afab"'] == pytest.approx((0.35 + 0.1 + 12 * 0.01) * GB)
+    assert lean['tspipe, schedule="afab-split"'] == pytest.approx((0.35 + 12 * 0.1) * GB)
+    assert lean["DDP"] == pytest.approx((1.4 + (4 * 0.01 + 0.1) * 3) * GB)
 
 
 def test_what_is_not_known_is_said() -> None:
