@@ -291,12 +291,12 @@ def _follow(
     student_stages: tuple[tuple[Layer, ...], ...], student: nn.Module, teacher_layers: list[Layer], source: nn.Module
 ) -> tuple[tuple[Layer, ...], ...]:
     """Put every teacher layer on the stage of its source; a layer without parameters goes where its namesake is."""
-    prefix = next(name for name, module in student.named_modules() if module is source)
+    names = {id(module): name for name, module in student.named_modules()}
     stage_of = {layer.name: stage for stage, layers in enumerate(student_stages) for layer in layers}
     result: list[list[Layer]] = [[] for _ in student_stages]
     current = 0
     for layer in teacher_layers:
-        wanted = f"{prefix}.{layer.name}".strip(".")
+        wanted = _name_of(source, layer.name, names)
         found = {
             stage
             for name, stage in stage_of.items()
@@ -310,6 +310,14 @@ def _follow(
         current = max(found | {current})
         result[current].append(layer)
     return tuple(map(tuple, result))
+
+
+def _name_of(source: nn.Module, layer: str, names: Mapping[int, str]) -> str:
+    """What the student calls a layer of the source; a slice, say, is no module of the student's, its layers are."""
+    if id(source) not in names:
+        first, _, layer = layer.partition(".")
+        source = source.get_submodule(first)
+    return f"{names.get(id(source), '')}.{layer}".strip(".")
 
 
 def _refuse_shared(result: Partition) -> None:

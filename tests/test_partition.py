@@ -66,6 +66,8 @@ def test_a_momentum_teacher_follows_its_source() -> None:
     encoder = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     student = nn.Sequential(encoder, nn.Linear(2, 2), nn.Linear(2, 2))
     result = partition(student, copy.deepcopy(encoder), 3, [2, 2, 1], source=encoder)
+    sliced = partition(student, copy.deepcopy(student[:1]), 3, [2, 2, 1], source=student[:1])
+    assert names(sliced.teacher) == [[f"0.{name}" for name in stage] for stage in names(result.teacher)]
     assert names(result.student) == [["0.0", "0.1"], ["0.2", "1"], ["2"]]
     assert names(result.teacher) == [["0", "1"], ["2"], []]
     with pytest.raises(ValueError, match="follows the student's cuts"):

@@ -123,7 +123,8 @@ class FusedStage(nn.Module):
         of_student, of_teacher = (values, values) if self.first else (values[: self.views], values[self.views :])
         with torch.no_grad():
             teachers = [self.teacher(value) for value in of_teacher]
-        return (*(self.student(value) for value in of_student), *teachers)
+        # torch sends into memory of the same strides, which gloo refuses if they are not the usual ones
+        return tuple(value.contiguous() for value in (*(self.student(value) for value in of_student), *teachers))
 
 
 def _inputs(module: TeacherStudentModule, batch: Tensor) -> list[Tensor]:
