@@ -365,4 +365,5 @@ def forbid_distributed_sampler(trainer: pl.Trainer) -> None:
 
 def logs_graph(trainer: pl.Trainer) -> bool:
     """Whether a logger runs the model by itself, on rank 0 alone, to draw it."""
-    return any(getattr(logger, "_log_graph", False) for logger in trainer.loggers)
+    flags = (getattr(logger, "_log_graph", False) for logger in trainer.loggers)
+    return any(flag is True for flag in flags)  # a DummyLogger, as of `fast_dev_run`, has whatever it is asked for

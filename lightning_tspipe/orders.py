@@ -8,8 +8,9 @@ A step of rank 0 of 2, and the most student microbatches in flight at stage k of
     zb          T0 F0 T1 F1 I0 T2 F2 I1 W0 W1 I2 W2       as 1f1b
 
 Those that begin with afab serve any loss; the other two need a loss per microbatch. With the backward split into I and
-W an exact teacher (no lookahead) needs no bubbles either. Rows of all orders but afab come from `greedy.greedy_rows`;
-the search is for how far the teacher runs ahead (s_k), how many microbatches are in flight, and who gives way to whom.
+W an exact teacher (no lookahead) needs no bubbles either. Rows of all orders but afab come from `holes.filled` or
+`greedy.greedy_rows`; the search is for how far the teacher runs ahead (s_k), how many microbatches are in flight, and
+who gives way to whom.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from dataclasses import dataclass, field, replace
 from lightning_tspipe.ahead import afab_ahead, slower_messages, staircases, vary
 from lightning_tspipe.clock import clock
 from lightning_tspipe.greedy import Policy, Rows, greedy_rows
+from lightning_tspipe.holes import filled
+from lightning_tspipe.plain import AFAB, plain_rows
 from lightning_tspipe.schedule import (
     Action,
     Costs,
-    Kind,
     LossOver,
     Schedule,
     ScheduleError,
@@ -37,6 +39,7 @@ from lightning_tspipe.schedule import (
 ORDERS = ("auto", "afab", "1f1b", "afab-split", "zb")
 BUDGET = 16_000  # stages x microbatches x simulations in a search: less than a second
 FEWEST = 16  # simulations, for a large problem
+NEARLY = 1e-9  # of rounding
 NEAR = 1.0025  # a step that is this near to its bound is as good as any
 MOST = 200  # simulations, for a small problem
 
@@ -65,29 +68,38 @@ class Found:
 def minimal_microbatches(
     stages: int, costs: Costs, *, lookahead: bool = True, split: bool = False, loss_over: LossOver = "batch"
 ) -> int:
-    """The smallest M at which the work that may be moved can fill the bubble of the student's pipeline.
+    """The fewest microbatches with which the work that may be moved fills the bubble of the student's pipeline.
 
-    Necessary, with each cost the largest over the stages, and with 2 messages more per hop::
+    Each cost is the largest over the stages, a message is one of T's, F's or B's. A teacher forward cannot be divided
+    and goes from rank to rank as the student's does, so a hop takes h = max(t, f), and per hop it fills whole ones::
 
-        delayed or frozen teacher, full backward                    M t       >= (P-1)(f + b + w)
-        the same, split backward, loss over the batch               M t       >= (P-1)(f + b)
-        the same, split backward, loss per microbatch               M (t + w) >= (P-1)(f + b) + w
-        exact teacher (no lookahead), split, loss per microbatch    M w       >= (P-1)(min(t, f) + b) + w
+        delayed or frozen teacher, full backward                    M >= (P-1) ceil((h + b + w) / t)
+        the same, split backward, loss over the batch               M >= (P-1) ceil((h + b) / t)
+        the same, split backward, loss per microbatch               M (t + w) >= (P-1)(h + b) + w
+        exact teacher (no lookahead), split, loss per microbatch    M w       >= (P-1)(h + b) + w
 
-    At least `stages`, and 1 for one stage. Where nothing may fill it, or what may costs nothing, no M suffices: 2 P
-    is a compromise there (for unit costs the bubble is then less than a third of the step).
+    The last two also need M (t + f) >= (P-1)(h + b) + t + f, since rank 0 has no other work before its first gradient
+    comes. Where the stages differ, what fills is the least that the student's work leaves of the busiest rank's time
+    instead of t. At least `stages`, and 1 for one stage. Where nothing may fill the bubble, or what may costs nothing,
+    no M suffices: 2 P is a compromise there (for unit costs the bubble is then less than a third of the step).
     """
     check_scalars(stages, 1, loss_over, costs)
     if stages == 1:
         return 1
+    every = range(stages)
     t, f, b, w = (max(column) for column in (costs.t, costs.f, costs.b, costs.w))
-    lean = split and loss_over == "microbatch"
-    hops = (f if lookahead else min(t, f)) + 2 * costs.message
-    hops += b if split else max(costs.seconds("B", k) for k in range(stages))
-    filling = (t + w * lean) if lookahead else w * lean
-    if not filling:
+    student = [costs.work(k, 1) - costs.t[k] for k in every]
+    free = max(costs.work(k, 1) for k in every) - max(student)
+    back = b if split else max(costs.seconds("B", k) for k in every)
+    trip = max(t, f) + back + 2 * costs.message
+    lean, hops = split and loss_over == "microbatch", stages - 1
+    if lean and w + free * lookahead:
+        need = max((hops * trip + w) / (free * lookahead + w), (hops * trip + t + f) / (t + f) if t + f else 0.0)
+    elif lookahead and free:
+        need = hops * math.ceil(trip / free - NEARLY)
+    else:
         return 2 * stages
-    return max(stages, math.ceil(((stages - 1) * hops + w * lean) / filling - 1e-9))
+    return max(stages, math.ceil(need - NEARLY))
 
 
 def make_schedule(
@@ -208,6 +220,8 @@ class _Search:
         self.plain(names)
         if "afab" in names:
             self.all_forward_first(75 if "afab-split" in names else 150)  # the first has more to try
+        if not self.enough and self.lookahead:
+            self.into_holes(names)
         if not self.enough:
             waits = self.costs.exchange is not None  # then the teacher can fill what lies behind the last backward, too
             self.greedy([name for name in names if name != "afab" or waits])
@@ -261,10 +275,27 @@ class _Search:
         count = self.microbatches
         ahead, evaluations = afab_ahead(count, self.costs, budget) if self.lookahead else ((0,) * self.stages, 0)
         self.evaluations += evaluations
-        own, forward, backward = ([Action(kind, q) for q in range(count)] for kind in KINDS)
+        own, forward, backward = ([Action(kind, q) for q in range(count)] for kind in AFAB)
         self.offer(
             "afab", tuple((*own[s:], *forward, *(replace(a, ahead=True) for a in own[:s]), *backward) for s in ahead)
         )
+
+    def into_holes(self, names: Sequence[str]) -> None:
+        """The teacher in the holes of the student's timetable. Mostly the first try is the best, so there are few."""
+        before = self.evaluations
+        periods = [self.bound * share for share in (1, 1.01, 1.03, 1.06)]
+        tries = [
+            (
+                (name, rows)
+                for limit in self.limits(name)
+                for rows in filled(self.policy(name, limit), self.microbatches, self.costs, periods)
+            )
+            for name in names
+        ]
+        for name, rows in (pair for row in itertools.zip_longest(*tries) for pair in row if pair is not None):
+            self.offer(name, rows)
+            if self.enough or self.evaluations - before >= self.budget // 3:
+                break
 
     def greedy(self, names: Sequence[str]) -> None:
         """Simulate policies, the most promising of every order first, then vary the best one."""
@@ -303,21 +334,32 @@ class _Search:
         self.seen[name, policy] = score
         return score
 
-    def policies(self, name: str) -> Iterator[tuple[str, Policy]]:
-        """The policies of an order to try, the most promising first."""
-        stages, count, free = self.stages, self.microbatches, self.in_flight
+    def policy(self, name: str, in_flight: tuple[int, ...]) -> Policy:
+        """The policy of an order that has no teacher ahead."""
         whole, split = name.startswith("afab"), name in ("afab-split", "zb")
+        return Policy((0,) * self.stages, in_flight, self.held, split, whole)
+
+    def limits(self, name: str) -> list[tuple[int, ...]]:
+        """How many microbatches an order may have in flight, the most promising first."""
+        stages, free = self.stages, self.in_flight
         single, middle, double = (
             tuple(min(most, math.ceil(wide * (stages - k) - wide + 1)) for k, most in enumerate(free))
             for wide in (1, 1.5, 2)
         )
         any_number = [free] if self.auto or self.max_in_flight is not None else []
-        limits = [free] if whole else unique([double, *any_number, single, middle])
-        base = Policy((0,) * stages, free, self.held, split, whole)
-        leads: tuple[int | None, ...] = (1, 0, None, stages)
+        return [free] if name.startswith("afab") else unique([double, *any_number, single, middle])
+
+    def policies(self, name: str) -> Iterator[tuple[str, Policy]]:
+        """The policies of an order to try, the most promising first."""
+        stages, count, limits = self.stages, self.microbatches, self.limits(name)
+        base = self.policy(name, self.in_flight)
+        split = base.split
+        leads: tuple[int | None, ...] = (1, 0, stages, None)
+        patiences: tuple[float, ...] = (0.0, 0.3, 1.0, 0.5)
         if self.lookahead:
             leads = (1, None) if split else ()  # with a full backward nothing but lookahead fills the bubbles
-        for patience, lead, limit in itertools.product((0.0,) if self.lookahead else (0.0, 0.5, 1.0), leads, limits):
+            patiences = patiences[:1]
+        for patience, lead, limit in itertools.product(patiences, leads, limits):
             yield name, replace(base, in_flight=limit, lead=lead, patience=patience)
         if self.lookahead:
             for ahead, limit in itertools.product(
@@ -326,33 +368,6 @@ class _Search:
                 yield name, replace(base, in_flight=limit, ahead=ahead)
 
 
-KINDS: tuple[Kind, Kind, Kind] = ("T", "F", "B")
-
-
 def unique(items: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The items without repetitions, in their order."""
     return list(dict.fromkeys(items))
-
-
-def plain_rows(name: str, stages: int, microbatches: int) -> list[Rows]:
-    """Orders without lookahead: each teacher forward right before the student's, and for afab also all before all."""
-    every = range(microbatches)
-    both = [(Action("T", q), Action("F", q)) for q in every]
-    if name == "afab":
-        own, forward, backward = ([Action(kind, q) for q in every] for kind in KINDS)
-        return [((*own, *forward, *backward),) * stages, ((*itertools.chain(*both), *backward),) * stages]
-    inputs, weights = [Action("I", q) for q in every], [Action("W", q) for q in every]
-    if name == "afab-split":
-        return [((*itertools.chain(*both), *inputs, *weights),) * stages]
-    rows = []
-    for k in range(stages):
-        warm = min(microbatches, stages - k)
-        row = list(itertools.chain(*both[:warm]))
-        for q in every:
-            if name == "1f1b":
-                row.append(Action("B", q))
-            else:  # ZB1P: as many weights are pending as keep the memory of 1F1B
-                row += [inputs[q], *weights[q - k : q - k + 1 if q >= k else 0]]
-            row += both[warm + q] if warm + q < microbatches else ()
-        rows.append((*row, *(weights[max(0, microbatches - k) :] if name == "zb" else ())))
-    return [tuple(rows)]

@@ -20,7 +20,7 @@ from lightning_tspipe.checkpoint import KEY, Groups, Shards, by_names
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.files import AtomicCheckpointIO
 from lightning_tspipe.fitting import Fitting
-from lightning_tspipe.memory import all_taken, lend, without_memory
+from lightning_tspipe.memory import all_taken, forget_graphs, lend, without_memory
 from lightning_tspipe.processes import ProcessStrategy
 from lightning_tspipe.randomness import Generators
 from lightning_tspipe.recording import tensors_of
@@ -128,6 +128,8 @@ class CheckpointStrategy(ProcessStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
+        if self._shards is None:
+            forget_graphs(self.lightning_module)
         # before the set-up nobody knows which part of the file this rank needs
         with lend(tensors_of(self.lightning_module).values() if self._shards is None else ()):
             if self._shards is not None or not self._lends(checkpoint["state_dict"], strict):

@@ -36,7 +36,6 @@ from lightning_tspipe.feed import SharedLoader, SilentLoader
 from lightning_tspipe.fitting import Fitting
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.partition import Balance, Partition
-from lightning_tspipe.placement import Placement
 from lightning_tspipe.plan import check_plan_arguments
 from lightning_tspipe.refuse import (
     SEVERAL_OPTIMIZERS,
@@ -50,15 +49,14 @@ from lightning_tspipe.refuse import (
     warn_of_low_momentum,
 )
 from lightning_tspipe.replicas import Replicas
-from lightning_tspipe.saving import CheckpointStrategy
-from lightning_tspipe.schedule import Costs, Schedule
+from lightning_tspipe.reporting import ReportingStrategy
 from lightning_tspipe.stage import Stage
 from lightning_tspipe.topology import Topology
 
 log = logging.getLogger(__name__)
 
 
-class TSPipeStrategy(CheckpointStrategy):
+class TSPipeStrategy(ReportingStrategy):
     """Trains a `TeacherStudentModule` as a pipeline whose bubbles are filled with the teacher of the next batch.
 
     Args:
@@ -115,7 +113,6 @@ class TSPipeStrategy(CheckpointStrategy):
         self._state_dict_type = state_dict_type
         self._stage: Stage | None = None
         self._partition: Partition | None = None
-        self.placement: Placement | None = None  # which rank has which layers, and what they cost
         self._undo: list[Callable[[], None]] = []
 
     @classmethod
@@ -128,21 +125,6 @@ class TSPipeStrategy(CheckpointStrategy):
                 description=f"teacher-student pipeline, start_method={method!r}",
                 start_method=method,
             )
-
-    @property
-    def plan(self) -> Schedule | None:
-        """The schedule of the last step; None outside of a fit."""
-        return None if self._fitting is None else self._fitting.runtime.current
-
-    @property
-    def costs(self) -> Costs | None:
-        """The costs that the schedule was made for; None outside of a fit."""
-        return None if self._fitting is None else self._fitting.runtime.costs
-
-    @property
-    def busy(self) -> dict[str, float]:
-        """Seconds that this rank has spent in T, F and B since the fit began."""
-        return {} if self._fitting is None else dict(self._fitting.runtime.busy)
 
     @property
     def _module(self) -> TeacherStudentModule:

@@ -18,13 +18,15 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 # From bottom to top: a module imports only from modules that stand before it here.
 ORDER = (
     # stdlib only
-    *("errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"),
+    *("errors", "topology", "schedule", "clock", "simulate"),
+    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "prospects", "perfetto"),
+    "picture",  # and matplotlib, where it is asked for
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
     *("partition", "teacher", "plan", "split", "reach"),
     # one rank at work
-    *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "lossside", "checkpoint", "runtime"),
-    *("measure", "placing", "randomness"),
+    *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "scope", "lossside", "checkpoint"),
+    *("stopwatch", "runtime", "measure", "placing", "randomness"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
     *(
@@ -36,12 +38,16 @@ ORDER = (
         "sharded",
         "saving",
         "refuse",
+        "reporting",
         "strategy",
+        "monitor",
+        "tracing",
+        "commands",
         "cli",
         "__init__",
     ),
 )
-STDLIB_ONLY = {"errors", "topology", "schedule", "clock", "simulate", "greedy", "ahead", "orders", "placement"}
+STDLIB_ONLY = {*ORDER[: ORDER.index("picture")]}
 KNOW_LIGHTNING = {
     *(
         "_lightning",
@@ -55,7 +61,7 @@ KNOW_LIGHTNING = {
         "arranging",
         "fitting",
     ),
-    *("files", "saving", "refuse", "strategy", "cli", "__init__"),
+    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "tracing", "commands", "cli", "__init__"),
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 

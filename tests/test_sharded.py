@@ -222,6 +222,26 @@ def test_who_looks_at_weights_while_they_are_loaded_gets_them(
     assert torch.equal(other.student.first.weight, expected["student.first.weight"])
 
 
+class KeepsGraph(Holder):
+    """`weight_norm` keeps the weight that it has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student.last = nn.utils.weight_norm(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_kept_graph_does_not_hinder_loading(tmp_path: Path, kind: str) -> None:
+    module, strategy = KeepsGraph(), TSPipeStrategy()
+    module.student.last(torch.ones(1, 4))
+    if kind == "full":
+        torch.save({"state_dict": KeepsGraph().state_dict()}, tmp_path / "last.ckpt")
+    else:
+        save({"state_dict": KeepsGraph().state_dict()}, tmp_path / "last.ckpt", 0, None, alone=True)
+    restored(module, strategy.load_checkpoint(tmp_path / "last.ckpt"))
+    assert state_of(module.student.last.weight_g) == LENT
+
+
 def test_weights_that_are_missing_are_named(saved: tuple[dict[str, Any], dict[str, Any], list[str]]) -> None:
     _, checkpoint, _ = saved
     del checkpoint["state_dict"]["student.last.bias"]

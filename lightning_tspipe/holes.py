@@ -1,0 +1,180 @@
+"""The teacher in the holes of the student's timetable: rows for a period that is given.
+
+The student alone is timed first. Then its forwards are put off as far as their receivers allow: a rank has the wait
+before a forward rather than after it, and the teacher fills it the sooner. Rank by rank, from the first, each teacher
+forward goes into the first hole that is long enough for it, once its input is there. Rank 0 of 2, a step of 16::
+
+    soon    F0- F1- ....... B0----- F2- B1----- F3- B2----- ... B3----- ...
+    late    F0- ....... F1- B0----- F2- B1----- F3- B2----- ... B3----- ...
+    filled  F0- T0' T1' F1- B0----- F2- B1----- F3- B2----- T2' B3----- T3-
+
+A greedy order (`greedy`) knows no timetable: it starts a teacher forward wherever a rank is free, which is in the
+student's way where all ranks are short of time at once, as with few microbatches in flight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from lightning_tspipe.greedy import Policy, Rows, greedy_rows
+from lightning_tspipe.schedule import Action, Costs, Kind, peers
+
+STEPS = 5  # that are filled; the last but one is taken as the steady one
+NEARLY = 1e-9
+
+
+@dataclass(slots=True)
+class _Cell:
+    action: Action
+    start: float
+    end: float
+
+    def shift(self, seconds: float) -> None:
+        self.start += seconds
+        self.end += seconds
+
+
+Timetable = list[list[_Cell]]
+
+
+def filled(policy: Policy, microbatches: int, costs: Costs, periods: Sequence[float]) -> Iterator[Rows]:
+    """Rows with the teacher in the student's holes, the most promising first.
+
+    Args:
+        policy: how the student is ordered; nothing in it that concerns the teacher counts.
+        microbatches: M.
+        costs: seconds per action.
+        periods: seconds of a step to aim at; those that the student alone does not keep are left out.
+    """
+    stages = len(costs.t)
+    alone = replace(costs, t=(0.0,) * stages, exchange=None)
+    rows = greedy_rows(replace(policy, ahead=(0,) * stages, lead=1), microbatches, alone, steps=2)
+    if rows is None:
+        return
+    student = [[action for action in row if action.kind != "T"] for row in rows]
+    soon = _timed(student, costs)
+    late = _put_off(_timed(student, costs), costs)
+    known: set[Rows] = set()
+    for period in periods:
+        for table in (late, soon):
+            if period >= _loop(table, costs) * (1 - NEARLY):
+                for overrun in (0.0, 0.3, 0.6):
+                    made = _fill(table, microbatches, costs, period, overrun)
+                    if made is not None and made not in known:
+                        known.add(made)
+                        yield made
+
+
+def _timed(rows: Sequence[Sequence[Action]], costs: Costs) -> Timetable:
+    """One batch of the student alone, everything as soon as it can be."""
+    stages = len(rows)
+    table: Timetable = [[] for _ in rows]
+    free = [0.0] * stages
+    there: dict[tuple[Kind, int, int], float] = {}  # when the input of a rank's action arrives
+    moved = True
+    while moved:
+        moved = False
+        for rank, row in enumerate(rows):
+            for action in row[len(table[rank]) :]:
+                source, target = peers(action.kind, rank, stages)
+                edge: Kind = "B" if action.kind == "I" else action.kind
+                arrival = 0.0 if source is None else there.get((edge, rank, action.microbatch), math.inf)
+                if arrival == math.inf:
+                    break
+                start = max(free[rank], arrival)
+                free[rank] = start + costs.seconds(action.kind, rank)
+                table[rank].append(_Cell(action, start, free[rank]))
+                if target is not None:
+                    there[edge, target, action.microbatch] = free[rank] + costs.message
+                moved = True
+    return table
+
+
+def _put_off(table: Timetable, costs: Costs) -> Timetable:
+    """The forwards as late as their receivers and what follows on their rank allow; the last rank's stay."""
+    below: dict[int, float] = {}
+    for row in reversed(table):
+        following = math.inf
+        for cell in reversed(row):
+            if cell.action.kind == "F":
+                latest = min(following, below.get(cell.action.microbatch, math.inf) - costs.message)
+                if cell.end < latest < math.inf:
+                    cell.shift(latest - cell.end)
+            following = cell.start
+        below = {cell.action.microbatch: cell.start for cell in row if cell.action.kind == "F"}
+    return table
+
+
+def _loop(table: Timetable, costs: Costs) -> float:
+    """The shortest step of the student alone."""
+    last = max(row[-1].end for row in table) + (costs.exchange or 0.0)
+    ends = (row[-1].end if costs.exchange is None else last for row in table)
+    return max(end - row[0].start for row, end in zip(table, ends, strict=True)) + costs.optimizer
+
+
+def _fill(table: Timetable, microbatches: int, costs: Costs, period: float, overrun: float) -> Rows | None:
+    """Put teacher forwards into the holes.
+
+    Args:
+        table: of the student.
+        microbatches: M.
+        costs: seconds per action.
+        period: the table is repeated after so many seconds.
+        overrun: by what share of a teacher forward a hole may be too short for it.
+
+    Returns:
+        The rows of a steady step; None if the holes do not suffice.
+    """
+    gate = max(row[-1].end for row in table) + (costs.exchange or 0.0)
+    arrivals: list[float] | None = None
+    rows, above = [], microbatches
+    for rank, student in enumerate(table):
+        close = student[-1].end if costs.exchange is None else gate
+        busy = [(cell.start, cell.end) for cell in student] + [(close, close + costs.optimizer)]
+        starts = _placed(busy, microbatches, costs.t[rank], arrivals, period, overrun)
+        arrivals = [start + costs.t[rank] + costs.message for start in starts]
+        step = STEPS - 2
+        close += step * period
+        cells = [(cell.start + step * period, False, cell.action) for cell in student]
+        begun = [[start < end for start in starts].count(True) for end in (close - period, close)]
+        began, ended = (min(count, (step + n) * microbatches + above) for n, count in enumerate(begun))
+        for count in range(began, ended):
+            batch, q = divmod(count, microbatches)
+            if not 0 <= batch - step <= 1:
+                return None  # the teacher does not keep up
+            cells.append((starts[count], True, Action("T", q, batch > step)))
+        above = ended - (step + 1) * microbatches  # how far this rank is ahead: what the rank below may be at most
+        if above < 0 or began != ended - microbatches:
+            return None
+        cells.sort(key=lambda cell: cell[:2])
+        rows.append(tuple(action for _, _, action in cells))
+    return tuple(rows)
+
+
+def _placed(
+    student: Sequence[tuple[float, float]],
+    microbatches: int,
+    seconds: float,
+    arrivals: Sequence[float] | None,
+    period: float,
+    overrun: float,
+) -> list[float]:
+    """When a rank starts the teacher forwards of some batches, beside what it does at these times of every step."""
+    busy = [(start + n * period, end + n * period) for n in range(-1, STEPS) for start, end in student]
+    starts: list[float] = []
+    place, free = 0, -math.inf
+    for count in range(STEPS * microbatches):
+        # a rank learns of a batch when the one before has begun on it
+        known = student[0][1] + (count // microbatches - 1) * period
+        now = max(free, known, -math.inf if arrivals is None else arrivals[count])
+        while place < len(busy):
+            start, end = busy[place]
+            if end > now + NEARLY * period and start >= now + seconds * (1 - overrun) - NEARLY * period:
+                break
+            now = max(now, end)
+            place += 1
+        starts.append(now)
+        free = now + seconds
+    return starts
