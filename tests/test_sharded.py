@@ -25,6 +25,10 @@ from tests.scripts.small import loader, trainer
 from tests.test_checkpoint import AUTO, PARTS, Exact, assert_same, flat, read
 from tests.test_files import DiesWriting
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # one process writes and reads here
+    pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated"),
+]
 MODULE: dict[str, Any] = {"momentum": 0.9, "teacher_delay": 1, "adam": True}
 
 
