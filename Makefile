@@ -21,7 +21,7 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test coverage check bench bench-full models docs clean
+.PHONY: help install demo test coverage check bench bench-full methods models docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -64,6 +64,9 @@ bench: install  ## measure against the rivals
 
 bench-full: install  ## the same with more problems and every rival, which takes an hour
 	$(PY) -m tests.benchmarks --full $(ARGS)
+
+methods: install  ## train every example in several ways and print the tables of docs/methods.md; goes on if stopped
+	$(PY) -m tests.benchmarks.methods $(ARGS)
 
 models: install  ## cut known networks at P=2, 3 and 4 and print the table of docs/models.md
 	$(PY) -m tests.zoo $(ARGS)
