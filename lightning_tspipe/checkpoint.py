@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_tspipe import tree
 from lightning_tspipe.comm import Comm
-from lightning_tspipe.memory import LENT, OWN, forget_graphs, materialize, release, state_of, swap, trim
+from lightning_tspipe.memory import LENT, OWN, forget_graphs, materialize, read_lent, release, state_of, swap, trim
 from lightning_tspipe.recording import extra_states_of, tensors_of
 from lightning_tspipe.replicas import Replicas
 
@@ -63,6 +63,7 @@ class Shards:
         tensors = {id(tensor): (name, tensor) for name, tensor in reversed(tensors_of(self._module).items())}
         unique = dict(tensors.values())
         sent = self._sent_by_first(unique)
+        read_lent(tensor for name, tensor in unique.items() if self._holds(name) or (name in sent and not self._stage))
         for name, tensor in unique.items():
             owner = self._owners.get(name)
             if self._comm is not None and name in sent and owner != 0:
@@ -210,8 +211,16 @@ class Shards:
         pairs = zip(local["param_groups"], groups, strict=True)
         return {**local, "state": state, "param_groups": [{**group, "params": names} for group, names in pairs]}
 
-    def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any], groups: Groups) -> None:
+    def load_optimizer_state(
+        self, optimizer: Optimizer, state: Mapping[str, Any], groups: Groups, copy: bool = True
+    ) -> None:
         """Load this rank's part of a whole state dict.
+
+        Args:
+            optimizer: where to.
+            state: of an optimizer of all parameters.
+            groups: the names of these.
+            copy: whether the tensors are to be copied, since the file that these may still be in can change.
 
         Raises:
             ValueError: it was made with other parameter groups.
@@ -227,8 +236,11 @@ class Shards:
         mine = [name for name in order if self.is_mine(name)]
         keys = dict(zip(order, (key for group in state["param_groups"] for key in group["params"]), strict=True))
         found = {index: state["state"].get(keys[name]) for index, name in enumerate(mine)}
-        # copied, since the file that these may still be in can change
-        parts = {index: tree.map_tensors(part, torch.clone) for index, part in found.items() if part is not None}
+        parts = {
+            index: tree.map_tensors(part, torch.clone) if copy else part
+            for index, part in found.items()
+            if part is not None
+        }
         counter = iter(range(len(mine)))
         saved = [
             {**group, "params": [next(counter) for name in names if self.is_mine(name)]}

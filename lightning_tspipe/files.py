@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import zipfile
@@ -15,6 +16,8 @@ from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
+
+LARGE = ("state_dict", "optimizer_states")  # the parts of a checkpoint of which each rank copies its own
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -52,7 +55,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not isinstance(system, LocalFileSystem) or not zipfile.is_zipfile(name):
             return super().load_checkpoint(path, map_location, weights_only)
         checkpoint: dict[str, Any] = torch.load(name, map_location, weights_only=weights_only, mmap=True)
-        return checkpoint
+        # what the loops, callbacks and generators keep of it would keep all pages that were read, too
+        return {key: value if key in LARGE else copy.deepcopy(value) for key, value in checkpoint.items()}
 
 
 def beside(path: Path, purpose: str) -> Path:

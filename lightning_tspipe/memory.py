@@ -14,6 +14,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ LENT = "lent"  # its memory is that of a state dict, so perhaps of a file of whi
 GIVEN = "given"  # it took the place of a parameter, so its values count
 RELEASED = "released"  # another rank holds it
 DROPPED = "dropped"  # it has no memory, and a constructor wanted to give it values, outside of `reset_parameters`
+UNREAD = "_tspipe_unread"  # the attribute of a lent tensor whose values are still on disk, or of a stand-in for these
 _RESETS = ("reset_parameters", "_reset_parameters")  # nn.MultiheadAttention has it under a private name only
 
 
@@ -37,7 +39,7 @@ def state_of(tensor: Tensor) -> str:
     """Whose memory a tensor has: `EMPTY` if it has none, `RELEASED`, `LENT` or `OWN`."""
     mark = vars(tensor).get(MARK)
     if tensor.is_meta:
-        return RELEASED if mark == RELEASED else EMPTY
+        return mark if mark in (RELEASED, LENT) else EMPTY
     return LENT if mark == LENT else OWN
 
 
@@ -51,7 +53,8 @@ def swap(tensor: Tensor, value: Tensor, mark: str | None = None) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         replacement = nn.Parameter(value, requires_grad=tensor.requires_grad)
     vars(replacement).update(vars(tensor))  # attributes are swapped, too, also those of the user
-    vars(replacement).pop(MARK, None)
+    for attribute in (MARK, UNREAD):
+        vars(replacement).pop(attribute, None)
     if mark is not None:
         vars(replacement)[MARK] = mark
     torch.utils.swap_tensors(tensor, replacement)  # type: ignore[no-untyped-call]
@@ -62,6 +65,49 @@ def made_up(tensor: Tensor, device: torch.device) -> Tensor:
     """Small random numbers, or zeros of integers, in place of a tensor without memory."""
     value = torch.empty_like(tensor, device=device)
     return value.uniform_(0.01, 0.1) if tensor.is_floating_point() else value.zero_()
+
+
+@dataclass(eq=False)
+class Unread:
+    """Where the values of a tensor are.
+
+    Args:
+        read: gives those of several keys, by key.
+        key: this one's.
+        is_taken: whether a tensor has it.
+    """
+
+    read: Callable[[Collection[str]], Mapping[str, Tensor]]
+    key: str
+    is_taken: bool = False
+
+    def __deepcopy__(self, memo: Any) -> Unread:
+        return self
+
+
+def stand_in(like: Tensor, read: Callable[[Collection[str]], Mapping[str, Tensor]], key: str) -> Tensor:
+    """For `lend`: a tensor that is in a state dict in place of one on disk."""
+    tensor = torch.empty_like(like, device="meta")
+    vars(tensor)[UNREAD] = Unread(read, key)
+    return tensor
+
+
+def all_taken(values: Iterable[Any]) -> bool:
+    """Whether each stand-in of a state dict has found its tensor."""
+    return all(vars(v)[UNREAD].is_taken for v in values if isinstance(v, Tensor) and UNREAD in vars(v))
+
+
+def read_lent(tensors: Iterable[Tensor]) -> None:
+    """Give those whose values are still on disk memory of their own with these values."""
+    wanted: dict[Any, dict[str, list[Tensor]]] = {}
+    for tensor in tensors:
+        if (unread := vars(tensor).get(UNREAD)) is not None:
+            wanted.setdefault(unread.read, {}).setdefault(unread.key, []).append(tensor)
+    for read, places in wanted.items():
+        values = read(places.keys())
+        for key, those in places.items():
+            for tensor in those:
+                swap(tensor, values[key].to(tensor.dtype))
 
 
 def forget_graphs(module: nn.Module) -> None:
@@ -135,7 +181,10 @@ class _Lend(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.copy_ and self._borrows(*args[:2]):
             target, source = args[:2]
-            if target.is_meta or target.data_ptr() != source.data_ptr():  # one of tied parameters has it already
+            if (unread := vars(source).get(UNREAD)) is not None:
+                swap(target, torch.empty_like(target, device="meta"), LENT)
+                vars(target)[UNREAD], unread.is_taken = unread, True
+            elif target.is_meta or target.data_ptr() != source.data_ptr():  # one of tied parameters has it already
                 value = source.detach().to(target.dtype)
                 if value.data_ptr() in self._places:
                     value = value.clone()  # two networks that load one state dict must not train each other
@@ -148,10 +197,11 @@ class _Lend(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _borrows(self, target: Tensor, source: Tensor) -> bool:
-        if source.is_meta or source.shape != target.shape:
+        is_unread = UNREAD in vars(source)
+        if (source.is_meta and not is_unread) or source.shape != target.shape:
             return False
         if id(target) in self._also or state_of(target) == LENT:
-            return target.is_meta or source.device == target.device
+            return target.is_meta or is_unread or source.device == target.device
         return isinstance(target, nn.Parameter) and state_of(target) == EMPTY
 
 
@@ -187,7 +237,7 @@ def without_values(module: nn.Module, follows: Collection[int] = ()) -> Iterator
     """
     for name, child in module.named_modules():
         for key, tensor in _direct(child).items():
-            if tensor.is_meta and id(tensor) not in follows and _reset_of(child) is None:
+            if state_of(tensor) == EMPTY and id(tensor) not in follows and _reset_of(child) is None:
                 yield f"{name}.{key}".lstrip(".")
 
 

@@ -166,10 +166,13 @@ class Placer:
             return joint_cut(student, teacher, self._stages, limit, in_flight)
         except ValueError as error:
             whole = sum(student.weights) + sum(teacher.weights)
+            way_out = "more stages or smaller microbatches" if self._recompute else (
+                "more stages, smaller microbatches, or recompute=True"
+            )  # fmt: skip
             raise ValueError(
                 f"No cut into {self._stages} stages keeps max_memory={limit:,.0f} bytes per rank: weights, gradients "
                 f"and optimizer state take {whole:,.0f} bytes in all, and a microbatch {sum(student.held):,.0f}. Use "
-                "more stages, smaller microbatches, or recompute=True."
+                f"{way_out}."
             ) from error
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_tspipe import _lightning
-from lightning_tspipe.memory import RELEASED, dropped, state_of, without_values
+from lightning_tspipe.memory import EMPTY, RELEASED, dropped, state_of, without_values
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.recording import is_compiled, tensors_of
 
@@ -139,8 +139,8 @@ def check_values(module: TeacherStudentModule) -> None:
                 "or pass `ckpt_path`."
             )
     if module.momentum is None:
-        for name, tensor in module.teacher.state_dict().items():
-            if isinstance(tensor, Tensor) and tensor.is_meta:
+        for name, tensor in module.teacher.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor) and state_of(tensor) == EMPTY:
                 raise MisconfigurationException(
                     f"The teacher is frozen, and nothing was loaded into its {name!r}, so it would be random. Load its "
                     "weights where it is built, by `self.teacher.load_state_dict(torch.load(file, mmap=True))`; or, if "

@@ -20,7 +20,7 @@ from lightning_tspipe.checkpoint import KEY, Groups, Shards, by_names
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.files import AtomicCheckpointIO
 from lightning_tspipe.fitting import Fitting
-from lightning_tspipe.memory import lend, without_memory
+from lightning_tspipe.memory import all_taken, forget_graphs, lend, without_memory
 from lightning_tspipe.processes import ProcessStrategy
 from lightning_tspipe.randomness import Generators
 from lightning_tspipe.recording import tensors_of
@@ -77,8 +77,9 @@ class CheckpointStrategy(ProcessStrategy):
         assert self._shards is not None
         mine = {name for group in self._groups for name in group if self._shards.is_mine(name)}
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            state = saved.read(mine) if isinstance(saved, sharded.OptimizerShards) else saved
-            self._shards.load_optimizer_state(optimizer, state, self._groups)
+            is_sharded = isinstance(saved, sharded.OptimizerShards)
+            state = saved.read(mine) if is_sharded else saved
+            self._shards.load_optimizer_state(optimizer, state, self._groups, copy=not is_sharded)
             _lightning.optimizers_to_device([optimizer], self.root_device)
 
     @override
@@ -127,9 +128,28 @@ class CheckpointStrategy(ProcessStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
+        if self._shards is None:
+            forget_graphs(self.lightning_module)
         # before the set-up nobody knows which part of the file this rank needs
         with lend(tensors_of(self.lightning_module).values() if self._shards is None else ()):
-            super().load_model_state_dict(checkpoint, strict)
+            if self._shards is not None or not self._lends(checkpoint["state_dict"], strict):
+                super().load_model_state_dict(checkpoint, strict)
+
+    def _lends(self, shards: Any, strict: bool) -> bool:
+        """Load parameters that are on disk, but read nothing yet.
+
+        Returns:
+            Whether each found its place. It does not if code of the user's does more than pass on what it gets.
+        """
+        if not isinstance(shards, sharded.WeightShards):
+            return False
+        assert self.lightning_module is not None
+        state = shards.lent([name for name, _ in self.lightning_module.named_parameters(remove_duplicate=False)])
+        try:
+            super().load_model_state_dict({"state_dict": state}, strict)
+        except Exception:  # what is wrong with the values themselves is said when they are read
+            return False
+        return all_taken(state.values())
 
     @contextmanager
     @override

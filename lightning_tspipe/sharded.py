@@ -7,19 +7,22 @@ is neither weights nor optimizer state. So Lightning's own tool makes one file o
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection
+from collections import UserDict
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_states
 from torch.distributed.checkpoint.state_dict_saver import save as save_states
 
 from lightning_tspipe.files import beside, sync_folder
+from lightning_tspipe.memory import UNREAD, stand_in
 
 META = "meta.pt"
 
@@ -73,13 +76,54 @@ def save(
 
 
 def load(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """Lightning's checkpoint, with `OptimizerShards` for the optimizers, of which a rank needs a part only."""
+    """Lightning's checkpoint, with `WeightShards` and `OptimizerShards`, of which a rank needs a part only."""
     checkpoint: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=weights_only)
     paths = FileSystemReader(path).read_metadata().planner_data.values()
-    checkpoint["state_dict"] = _read(path, lambda where: where[0] == "model")["model"]
+    checkpoint["state_dict"] = WeightShards(path)
     if optimizers := {where[0] for where in paths} - {"model"}:
         checkpoint["optimizer_states"] = [OptimizerShards(path, index) for index in range(len(optimizers))]
     return checkpoint
+
+
+class WeightShards(UserDict[str, Any]):
+    """The weights, still on disk: a value is read when it is asked for.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        metadata = FileSystemReader(path).read_metadata()
+        for flat, (part, *where) in metadata.planner_data.items():
+            if part == "model":
+                kind = metadata.state_dict_metadata[flat]
+                like = torch.empty(0, device="meta")  # of what is no tensor
+                if isinstance(kind, TensorStorageMetadata):
+                    like = torch.empty(kind.size, dtype=kind.properties.dtype, device="meta")
+                self.data[where[0]] = stand_in(like, self.read, where[0])
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.data[name]
+        if self._is_unread(name):
+            value = self.data[name] = self.read([name])[name]
+        return value
+
+    def _is_unread(self, name: str) -> bool:
+        value = self.data[name]
+        return isinstance(value, Tensor) and UNREAD in vars(value)
+
+    def read(self, names: Collection[str]) -> Mapping[str, Any]:
+        """The values on disk of some names."""
+        found: Mapping[str, Any] = _read(self._path, lambda where: where[0] == "model" and where[1] in names)["model"]
+        return found
+
+    def lent(self, names: Collection[str]) -> dict[str, Any]:
+        """A state dict for `lend`, in which these names, as far as nobody has asked for them, are still unread."""
+        now = {name for name in self.data if self._is_unread(name) and name not in names}
+        values = self.read(now) if now else {}
+        return {name: values[name] if name in now else value for name, value in self.data.items()}
 
 
 @dataclass(frozen=True)

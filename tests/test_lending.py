@@ -112,14 +112,19 @@ class TestBuilding:
         assert state_of(model.weight) == OWN
 
     def test_a_local_checkpoint_is_not_read_before_it_is_used(self, tmp_path: Path) -> None:
-        torch.save({"a": torch.ones(3), "b": 2}, tmp_path / "new.ckpt")
-        torch.save({"a": torch.ones(3)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
-        new, old = (AtomicCheckpointIO().load_checkpoint(tmp_path / f"{name}.ckpt") for name in ("new", "old"))
+        content = {"state_dict": {"a": torch.ones(3)}, "seen": torch.ones(2)}
+        torch.save(content, tmp_path / "new.ckpt")
+        torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+        found = [AtomicCheckpointIO().load_checkpoint(tmp_path / f"{name}.ckpt") for name in ("new", "old")]
+        new, old = (checkpoint.pop("state_dict") for checkpoint in found)
         assert new["a"].untyped_storage().data_ptr() % 4096 != 0  # within the mapped file
         maps = Path("/proc/self/maps").read_text()
         assert str(tmp_path / "new.ckpt") in maps
         assert str(tmp_path / "old.ckpt") not in maps
         assert torch.equal(old["a"], new["a"])
+        del new
+        assert torch.equal(found[0]["seen"], torch.ones(2))
+        assert str(tmp_path / "new.ckpt") not in Path("/proc/self/maps").read_text()  # what is small does not hold it
 
 
 class TestMaking:

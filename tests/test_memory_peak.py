@@ -27,6 +27,7 @@ OWN = LAYERS * WIDTH * WIDTH * 4  # bytes of a stage's weights, of its gradients
 SLACK = 1.1  # times a rank's share
 FILE = "weights{}.pt"
 EAGER, FROM_FILE = "built in `__init__`", "built in `configure_model` from a file"
+FULL, SHARDED = "resumed from a file", "resumed from a folder"
 
 
 class Large(TeacherStudentModule):
@@ -78,7 +79,7 @@ class Gauge(L.Callback):
         self.seen |= {"set-up peak": status("VmHWM") - self._idle, "set-up": status("VmRSS") - self._idle}
         forget_peak()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.seen["peak"] = status("VmHWM") - self._idle
         parameters = [p for p in pl_module.parameters() if not p.is_meta]
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -107,11 +108,33 @@ def give_back_at(size: int) -> None:
     assert ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
 
 
-def fit(layers: int, file: Path | None, *callbacks: L.Callback, **options: Any) -> None:
-    """A training of two steps, of one microbatch each."""
-    strategy = TSPipeStrategy(microbatches=1, balance={"student": [layers] * STAGES, "teacher": [1] * STAGES})
-    run = trainer(STAGES, strategy, callbacks=list(callbacks), max_steps=2, **options)
-    run.fit(Large(layers, file), DataLoader(TensorDataset(torch.randn(8, WIDTH)), 4))
+class Saves(L.Callback):
+    """Writes a checkpoint after the second step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+
+def fit(layers: int, file: Path | None, gauge: Gauge, kind: Any, path: Path, resume: bool = False) -> None:
+    """A training of two steps, of one microbatch each, which is saved; or one step more.
+
+    Args:
+        layers, file: see `Large`.
+        gauge: notes the memory.
+        kind: of checkpoint.
+        path: of the checkpoint.
+        resume: whether to begin with it.
+    """
+    balance = {"student": [layers] * STAGES, "teacher": [1] * STAGES}
+    strategy = TSPipeStrategy(microbatches=1, balance=balance, state_dict_type=kind)
+    callbacks = [gauge] if resume else [gauge, Saves(path)]
+    run = trainer(STAGES, strategy, callbacks=callbacks, max_steps=3 if resume else 2)
+    rows = DataLoader(TensorDataset(torch.randn(12, WIDTH)), 4)
+    run.fit(Large(layers, file), rows, ckpt_path=path if resume else None)
 
 
 def holds(rank: int, out: Path, folder: str) -> None:
@@ -119,9 +142,12 @@ def holds(rank: int, out: Path, folder: str) -> None:
     give_back_at(2**16)  # else glibc keeps blocks that nobody uses, more or fewer of them
     seen = {}
     for layers in (1, LAYERS):
-        for way in (EAGER, FROM_FILE):
+        file = Path(folder, FILE.format(layers))
+        for way, kind, resume in (
+            (EAGER, "full", False), (FROM_FILE, "sharded", False), (FULL, "full", True), (SHARDED, "sharded", True),
+        ):  # fmt: skip
             gauge = Gauge()
-            fit(layers, None if way == EAGER else Path(folder, FILE.format(layers)), gauge)
+            fit(layers, None if way == EAGER else file, gauge, kind, Path(folder, f"{kind}{layers}.ckpt"), resume)
             seen[way] = gauge.seen
     (out / f"{rank}.json").write_text(json.dumps(seen))
 
@@ -143,11 +169,17 @@ def held(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(STAGES)]
 
 
-@pytest.mark.parametrize("way", [EAGER, FROM_FILE])
+@pytest.mark.parametrize("way", [EAGER, FROM_FILE, SHARDED])
 def test_a_rank_holds_a_quarter_of_weights_gradients_and_optimizer_state(held: list[Any], way: str) -> None:
     """And nothing else that could be told from it: the peak of the whole process stays below 1.1 times its share."""
     for rank in held:
         assert 4 * OWN <= rank[way]["live"] <= rank[way]["peak"] <= SLACK * 4 * OWN, rank
+
+
+def test_a_file_that_is_resumed_from_is_let_go(held: list[Any]) -> None:
+    """There are three quarters and the pages of the file that they came from, but not these and the training's four."""
+    for rank in held:
+        assert 4 * OWN <= rank[FULL]["live"] <= rank[FULL]["peak"] <= SLACK * 6 * OWN, rank
 
 
 def test_what_was_built_of_other_stages_is_released_in_the_set_up(held: list[Any]) -> None:
@@ -157,10 +189,11 @@ def test_what_was_built_of_other_stages_is_released_in_the_set_up(held: list[Any
         assert rank[EAGER]["set-up"] <= 1.2 * OWN, rank
 
 
-def test_no_rank_ever_reads_the_whole_file(held: list[Any]) -> None:
+@pytest.mark.parametrize("way", [FROM_FILE, FULL, SHARDED])
+def test_no_rank_ever_reads_the_whole_file(held: list[Any], way: str) -> None:
     """Its peak is its quarter twice: the pages of the file, and what it makes of them; less than one whole by far."""
     for rank in held:
-        assert OWN <= rank[FROM_FILE]["set-up peak"] <= 2.5 * OWN, rank
+        assert OWN <= rank[way]["set-up peak"] <= 2.5 * OWN, rank
 
 
 def test_what_is_released_goes_back_to_the_system() -> None:

@@ -11,17 +11,24 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from lightning_tspipe import TSPipeStrategy
+from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
+from lightning_tspipe.checkpoint import Shards
 from lightning_tspipe.errors import PipelineError
 from lightning_tspipe.files import beside
-from lightning_tspipe.sharded import find, is_sharded, prepare
+from lightning_tspipe.memory import LENT, OWN, state_of
+from lightning_tspipe.sharded import WeightShards, find, is_sharded, load, prepare, save
 from tests.multiproc import result_of
 from tests.scripts.small import loader, trainer
 from tests.test_checkpoint import AUTO, PARTS, Exact, assert_same, flat, read
 from tests.test_files import DiesWriting
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # one process writes and reads here
+    pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated"),
+]
 MODULE: dict[str, Any] = {"momentum": 0.9, "teacher_delay": 1, "adam": True}
 
 
@@ -130,6 +137,120 @@ def test_folders_and_files_replace_each_other(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "weights"]
     assert "tspipe" in torch.load(tmp_path / "last.ckpt/meta.pt", weights_only=True)
     assert "tspipe" not in torch.load(tmp_path / "weights/meta.pt", weights_only=True)
+
+
+class Net(nn.Module):
+    """Tied weights, running statistics, and a state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.last.weight, self.note = self.first.weight, "new"
+
+    def get_extra_state(self) -> str:
+        return self.note
+
+    def set_extra_state(self, state: str) -> None:
+        self.note = state
+
+
+class Holder(TeacherStudentModule):
+    """A student that is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__(save_teacher=False)
+        self.student, self.teacher = Net(), nn.Linear(4, 4)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """What was saved, what `load` gives, and the names that are read from then on."""
+    module, asked = Holder(), []
+    module.student.note = "saved"
+    nn.init.ones_(module.student.norm.running_mean)
+    expected = {name: value for name, value in module.state_dict().items() if not name.startswith("teacher.")}
+    save({"state_dict": dict(expected), "epoch": 3}, tmp_path / "folder", 0, None, alone=True)
+    read = WeightShards.read
+    monkeypatch.setattr(WeightShards, "read", lambda self, names: asked.extend(names) or read(self, names))
+    return expected, load(tmp_path / "folder", None), asked
+
+
+def restored(module: Holder, checkpoint: dict[str, Any]) -> Holder:
+    """Loaded as before the set-up of a run."""
+    strategy = TSPipeStrategy()
+    strategy._lightning_module = module
+    strategy.load_model_state_dict(checkpoint)
+    return module
+
+
+def test_a_rank_reads_the_weights_that_it_holds(saved: tuple[dict[str, Any], dict[str, Any], list[str]]) -> None:
+    expected, checkpoint, asked = saved
+    before = Holder()
+    identities = {name: id(parameter) for name, parameter in before.named_parameters()}
+    module = restored(before, checkpoint)
+    weights = {name for name, _ in module.student.named_parameters(prefix="student", remove_duplicate=False)}
+    assert set(asked) == set(expected) - weights  # statistics, and what is no tensor
+    assert all(state_of(parameter) == LENT and parameter.is_meta for parameter in module.student.parameters())
+    assert state_of(module.teacher.weight) == OWN  # it is in no checkpoint
+    asked.clear()
+    owners = {name: int("last" in name or "norm" in name) for name in module.state_dict()}
+    Shards(module, owners, 1, None).take_own(0, {})
+    assert sorted(asked) == ["student.last.bias", "student.norm.bias", "student.norm.weight"]
+    assert module.student.first.weight.is_meta
+    assert module.student.note == "saved"
+    for name in [*asked, "student.norm.running_mean"]:
+        assert torch.equal(module.state_dict()[name], expected[name])
+    assert {name: id(parameter) for name, parameter in module.named_parameters()} == identities
+
+
+def test_who_looks_at_weights_while_they_are_loaded_gets_them(
+    saved: tuple[dict[str, Any], dict[str, Any], list[str]],
+) -> None:
+    """A hook of the checkpoint may read and replace values, one of `load_state_dict` changes them."""
+    expected, checkpoint, asked = saved
+    weights = checkpoint["state_dict"]
+    assert (weights["student.first.bias"] == expected["student.first.bias"]).all()
+    assert asked == ["student.first.bias"]
+    weights["student.last.bias"] = torch.zeros(4)
+    module = restored(Holder(), checkpoint)
+    assert state_of(module.student.first.weight) == LENT
+    assert torch.equal(module.student.first.bias, expected["student.first.bias"])
+    assert not module.student.last.bias.any()
+
+    def double(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        state[f"{prefix}weight"] = 2 * state[f"{prefix}weight"]
+
+    other = Holder()
+    other.student.norm.register_load_state_dict_pre_hook(double)
+    assert torch.equal(restored(other, checkpoint).student.norm.weight, 2 * expected["student.norm.weight"])
+    assert torch.equal(other.student.first.weight, expected["student.first.weight"])
+
+
+class KeepsGraph(Holder):
+    """`weight_norm` keeps the weight that it has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student.last = nn.utils.weight_norm(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_kept_graph_does_not_hinder_loading(tmp_path: Path, kind: str) -> None:
+    module, strategy = KeepsGraph(), TSPipeStrategy()
+    module.student.last(torch.ones(1, 4))
+    if kind == "full":
+        torch.save({"state_dict": KeepsGraph().state_dict()}, tmp_path / "last.ckpt")
+    else:
+        save({"state_dict": KeepsGraph().state_dict()}, tmp_path / "last.ckpt", 0, None, alone=True)
+    restored(module, strategy.load_checkpoint(tmp_path / "last.ckpt"))
+    assert state_of(module.student.last.weight_g) == LENT
+
+
+def test_weights_that_are_missing_are_named(saved: tuple[dict[str, Any], dict[str, Any], list[str]]) -> None:
+    _, checkpoint, _ = saved
+    del checkpoint["state_dict"]["student.last.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"student.last.bias\""):
+        restored(Holder(), checkpoint)
 
 
 def test_a_rank_that_dies_while_it_writes_leaves_the_last_folder(tmp_path: Path) -> None:
