@@ -253,4 +253,6 @@ def fastest(measure: Callable[[], tuple[Any, list[LayerCost]]]) -> tuple[Any, li
         What it gave the last time, and what every layer costs.
     """
     values, costs = zip(*(measure() for _ in _until(ENOUGH_FOR_ALL, REPEATS)), strict=True)
-    return values[-1], [min(of_layer, key=lambda cost: cost.seconds) for of_layer in zip(*costs, strict=True)]
+    best = [min(of_layer, key=lambda cost: cost.seconds) for of_layer in zip(*costs, strict=True)]
+    # later, an address of what is freed may be another layer's, which then would not count
+    return values[-1], [replace(cost, held=first.held) for cost, first in zip(best, costs[0], strict=True)]

@@ -113,15 +113,15 @@ def test_weights_without_memory_are_measured() -> None:
 
 
 def test_each_layers_fastest_pass_over_all_counts() -> None:
-    """With all that was measured in that pass, so that a backward's two parts stay of one."""
+    """With all that was timed in that pass, so that a backward's two parts stay of one; bytes are of the first one."""
     passes = iter([
-        ("first", [LayerCost(3.0, 1.0, 1.0), LayerCost(1.0, 0.0, 1.0)]),
+        ("first", [LayerCost(3.0, 1.0, 1.0, held=7), LayerCost(1.0, 0.0, 1.0)]),
         ("second", [LayerCost(1.0, 2.0, 1.0), LayerCost(2.0, 0.0, 1.0)]),
         ("third", [LayerCost(1.0, 1.0, 2.5), LayerCost(1.0, 0.5, 1.0)]),
     ])  # fmt: skip
     value, costs = fastest(lambda: next(passes))
     assert value == "third"
-    assert costs == [LayerCost(1.0, 2.0, 1.0), LayerCost(1.0, 0.0, 1.0)]
+    assert costs == [LayerCost(1.0, 2.0, 1.0, held=7), LayerCost(1.0, 0.0, 1.0)]
     assert next(passes, None) is None
 
 
