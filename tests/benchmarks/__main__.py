@@ -28,6 +28,7 @@ from tests.benchmarks.planning import Plan, measure_planning  # noqa: E402
 from tests.benchmarks.problem import Problem  # noqa: E402
 from tests.benchmarks.real import Contest, measure_real  # noqa: E402
 from tests.benchmarks.rivals import RIVALS, measure_rival  # noqa: E402
+from tests.benchmarks.split import Split, measure_split  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,24 @@ def planning() -> tuple[list[Plan], Figures]:
     }
 
 
+def split() -> tuple[list[Split], Figures]:
+    """A backward in two parts against the whole one."""
+    splits = measure_split()
+    rows = [
+        f"{run.network} | {1e3 * run.whole_s:.1f} | {1e3 * run.first_s:.1f} | {1e3 * run.rest_s:.1f} | "
+        f"{(run.first_s + run.rest_s) / run.whole_s:.2f}"
+        for run in splits
+    ]
+    print_table("backward | whole, ms | inputs, ms | weights, ms | both over whole", rows)
+    return splits, {}
+
+
 BENCHMARKS: dict[str, Callable[[], tuple[Sequence[Any], Figures]]] = {
     "emulated": emulated,
     "overhead": overhead,
     "balance": balance,
     "planning": planning,
+    "split": split,
     "real": real,
 }
 
