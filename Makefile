@@ -21,7 +21,7 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test coverage check bench models docs clean
+.PHONY: help install demo test coverage check bench bench-full methods models docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -61,6 +61,12 @@ check: install  ## lint, format, types and import rules
 
 bench: install  ## measure against the rivals
 	$(PY) -m tests.benchmarks $(ARGS)
+
+bench-full: install  ## the same with more problems and every rival, which takes an hour
+	$(PY) -m tests.benchmarks --full $(ARGS)
+
+methods: install  ## train every example in several ways and print the tables of docs/methods.md; goes on if stopped
+	$(PY) -m tests.benchmarks.methods $(ARGS)
 
 models: install  ## cut known networks at P=2, 3 and 4 and print the table of docs/models.md
 	$(PY) -m tests.zoo $(ARGS)

@@ -365,4 +365,5 @@ def forbid_distributed_sampler(trainer: pl.Trainer) -> None:
 
 def logs_graph(trainer: pl.Trainer) -> bool:
     """Whether a logger runs the model by itself, on rank 0 alone, to draw it."""
-    return any(getattr(logger, "_log_graph", False) for logger in trainer.loggers)
+    # a DummyLogger, as of `fast_dev_run`, gives whatever attribute it is asked for
+    return any(vars(logger).get("_log_graph", False) for logger in trainer.loggers)

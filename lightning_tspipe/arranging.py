@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_tspipe import _lightning
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.example import Examples
 from lightning_tspipe.module import TeacherStudentModule
+from lightning_tspipe.orders import SPLIT
 from lightning_tspipe.partition import Balance, Layers, Partition, chosen, explicit_cuts, find_layers
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.placing import Placer, check_same, named
@@ -50,6 +52,8 @@ class Arrangement:
         comm: this rank's connections; None for one stage.
         balance: what the user asked for.
         microbatches: per batch; "auto" if that is to be found.
+        schedule: the order of the work, or "auto".
+        recompute: whether the student's forwards run again in their backwards.
         max_memory: bytes per rank; None: what the device has.
         broadcast: gives every rank what rank 0 has.
     """
@@ -62,6 +66,8 @@ class Arrangement:
         comm: Comm | None,
         balance: Balance | Placement,
         microbatches: int | str,
+        schedule: str,
+        recompute: bool,
         max_memory: int | None,
         broadcast: Callable[[Any], Any],
     ) -> None:
@@ -69,6 +75,7 @@ class Arrangement:
         self._device = trainer.strategy.root_device
         self._limit = _limit(self._device, max_memory)
         self._broadcast, self._microbatches = broadcast, microbatches
+        self._schedule, self._recompute = schedule, recompute
         source = None if module.momentum is None else module.ema_source()
         cuts = {} if isinstance(balance, Placement) else explicit_cuts(balance, source is not None)
         examples = Examples(trainer, module, broadcast)
@@ -83,7 +90,7 @@ class Arrangement:
             fits = trainer.state.fn == TrainerFn.FITTING
             if isinstance(balance, Placement):
                 check_same(balance, layers, stages)
-                self.parts, self.placement = layers.cut(*balance.sizes), balance
+                self.parts, self.placement = layers.cut(*balance.sizes), replace(balance, recompute=recompute)
             elif balance == "auto" and fits and stages > 1:
                 self.parts, self.placement = self._measured(layers, examples, microbatches)
             else:
@@ -101,7 +108,8 @@ class Arrangement:
         if self._topology.replica == 0:
             assert self._comm is not None
             context = self._trainer.precision_plugin.train_step_context
-            placer = Placer(layers, stages, self._comm, self._device, context)
+            recompute = self._recompute, self._keeps_inputs
+            placer = Placer(layers, stages, self._comm, self._device, context, *recompute)
             over_batch = self._module.loss_over == "batch"
             in_flight = [count if over_batch else min(count, stages - stage) for stage in range(stages)]
             with kept(self._device, *self._module.modules()):
@@ -112,25 +120,32 @@ class Arrangement:
         assert found is not None
         return layers.cut(*found.sizes), found
 
-    def planner(
-        self, schedule: str, recompute: bool, options: Options | None, post_ahead: int, resumed: int | None
-    ) -> Planner:
+    def planner(self, options: Options | None, post_ahead: int, resumed: int | None) -> Planner:
         """What plans the steps.
 
         Args:
-            schedule, recompute: what the user asked for.
             options: of torch.compile; the backward of a compiled stage is one piece.
             post_ahead: see `Planner`.
             resumed: microbatches per batch of the run that is resumed.
         """
         module = self._module
         lookahead = module.momentum is None or module.teacher_delay != 0
-        costs = self.placement.costs or estimate_costs(self.parts, recompute)
-        split = bool(costs.whole) and not recompute and options is None  # a split one keeps what recomputing is to save
+        costs = self.placement.costs
+        if costs is None:
+            costs = estimate_costs(self.parts)
+            costs = costs.recomputed() if self._recompute else costs
+        # a split one keeps what recomputing is to save
+        split = bool(costs.whole) and not self._recompute and options is None
         planner = Planner(
-            costs, lookahead, module.loss_over, schedule, post_ahead,
-            split_backward=split, clipping=self._clips, max_held=self._max_held,
-        )  # fmt: skip
+            costs,
+            lookahead,
+            module.loss_over,
+            self._schedule,
+            post_ahead,
+            split_backward=split,
+            clipping=self._clips,
+            max_held=self._max_held,
+        )
         if self._microbatches == "auto":
             found = self.placement.microbatches or planner.microbatches
             planner.microbatches = found if resumed is None else resumed
@@ -143,12 +158,20 @@ class Arrangement:
         return by_norm or getattr(self._trainer.precision_plugin, "scaler", None) is not None
 
     @property
+    def _keeps_inputs(self) -> bool:
+        """Whether a stage holds the activations of one microbatch at a time: a split backward keeps them for W."""
+        return self._recompute and self._schedule not in SPLIT
+
+    @property
     def _max_held(self) -> tuple[int, ...] | None:
         """How many microbatches fit on each rank; None for any number."""
         if not self.placement.held or self._limit == math.inf:
             return None
         left = [self._limit - weights for weights in self.placement.weights]
-        return most_in_memory(left, self.placement.held)
+        if not self._keeps_inputs or not self.placement.passed:
+            return most_in_memory(left, self.placement.held)
+        left = [free - held for free, held in zip(left, self.placement.held, strict=True)]
+        return most_in_memory(left, self.placement.passed)
 
 
 def _limit(device: torch.device, max_memory: int | None) -> float:

@@ -22,12 +22,15 @@ class Chain:
         edge: seconds that a rank spends on the messages of a cut before this layer; infinite forbids the cut.
         weights: bytes that the layer takes at all times.
         held: bytes that one microbatch takes between its forward and its backward.
+        passed: if stages recompute, bytes of a microbatch that go into each layer, and at the end out of the last one.
+            A stage then holds what goes in and out of it for each microbatch in flight, and `held` for one at a time.
     """
 
     seconds: Sequence[float]
     edge: Sequence[float] = ()
     weights: Sequence[float] = ()
     held: Sequence[float] = ()
+    passed: Sequence[float] = ()
 
     def joined(self, most: int) -> tuple[Chain, list[int]]:
         """A chain of at most `most` layers, and how many of these each of its layers is; the cheapest are joined."""
@@ -38,8 +41,11 @@ class Chain:
             sizes[place : place + 2] = [sum(sizes[place : place + 2])]
             total[place : place + 2] = [sum(total[place : place + 2])]
         starts = list(itertools.accumulate(sizes, initial=0))
-        sums = [[sum(column[a:b]) for a, b in itertools.pairwise(starts)] for column in (self.weights, self.held)]
-        return Chain(total, [self.edge[a] for a in starts[:-1]] if self.edge else (), *sums), sizes
+        weights, held = (
+            [sum(column[a:b]) for a, b in itertools.pairwise(starts)] for column in (self.weights, self.held)
+        )
+        edge = [self.edge[a] for a in starts[:-1]] if self.edge else ()
+        return Chain(total, edge, weights, held, [self.passed[a] for a in starts] if self.passed else ()), sizes
 
 
 class _Costs:
@@ -54,7 +60,15 @@ class _Costs:
             self._ranges(chain.weights or [0.0] * count),
             self._ranges(chain.held or [0.0] * count),
         )
+        self.passed = np.asarray(chain.passed, dtype=np.float64)
         self.count = count
+
+    def memory(self, in_flight: int) -> np.ndarray:
+        """Bytes with so many microbatches in flight."""
+        memory: np.ndarray = self.weights + in_flight * self.held
+        if len(self.passed):
+            memory = self.weights + self.held + in_flight * (self.passed[:, None] + self.passed[None, :])
+        return memory
 
     @staticmethod
     def _ranges(column: Sequence[float]) -> np.ndarray:
@@ -96,7 +110,7 @@ def joint_cut(
     cuts: list[np.ndarray] = []
     for stage in range(stages):
         count = in_flight[stage] if in_flight else 1
-        memory_s = of_s.weights + count * of_s.held
+        memory_s = of_s.memory(count)
         now = np.full_like(best, math.inf)
         where = np.zeros((*best.shape, 2), dtype=np.int64)
         left = stages - 1 - stage

@@ -6,8 +6,9 @@ normalized by its own statistics; what a validation uses is then the same for ev
 
 from __future__ import annotations
 
+import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 Slot = tuple[int, int]  # batch, view
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+TOO_FEW = "Expected more than 1 value per channel"  # how torch begins
 
 
 class Joint(NamedTuple):
@@ -144,3 +146,24 @@ def _update(norm: Norm, parts: list[_Part]) -> None:
     factor = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.to(wide)
     for buffer, value in ((norm.running_mean, mean), (norm.running_var, var)):
         buffer.copy_(buffer.to(wide) * (1 - factor) + value * factor)
+
+
+def too_few_values(error: BaseException | None, owner: str, layers: Mapping[str, nn.Module]) -> ValueError | None:
+    """An error with cause and fix in place of torch's, where a batch norm got one value per channel; else None.
+
+    Args:
+        error: what torch raised.
+        owner: whose layers they are, in words.
+        layers: where to look for the batch norm, by name; if there is one only, it need not be found.
+    """
+    if error is None or not str(error).startswith(TOO_FEW):
+        return None
+    names = {id(m): f"{name}.{key}".strip(".") for name, layer in layers.items() for key, m in layer.named_modules()}
+    frames = traceback.walk_tb(error.__traceback__)
+    seen = [value for frame, _ in frames for value in frame.f_locals.values() if isinstance(value, Norm)]
+    name = next((names[id(norm)] for norm in seen if id(norm) in names), next(iter(layers), ""))
+    return ValueError(
+        f"The batch norm {name!r} of {owner} got a microbatch with one value per channel, which has no variance "
+        f"({error}). Use fewer microbatches (`TSPipeStrategy(microbatches=...)`), or a larger batch; if it is the last "
+        "one that is too small, `drop_last=True` in the loader."
+    )

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_tspipe import tree
 from lightning_tspipe.comm import Comm
-from lightning_tspipe.memory import LENT, OWN, materialize, release, state_of, swap, trim
+from lightning_tspipe.memory import LENT, OWN, forget_graphs, materialize, release, state_of, swap, trim
 from lightning_tspipe.recording import extra_states_of, tensors_of
 from lightning_tspipe.replicas import Replicas
 
@@ -59,6 +59,7 @@ class Shards:
             seed: of the job, for tensors that are made.
             follows: see `materialize`.
         """
+        forget_graphs(self._module)
         tensors = {id(tensor): (name, tensor) for name, tensor in reversed(tensors_of(self._module).items())}
         unique = dict(tensors.values())
         sent = self._sent_by_first(unique)

@@ -28,7 +28,7 @@ POSTED = 2  # receives that each channel may always have posted at once
 POSTED_BYTES = 16 * 2**20  # more of them only while they take less memory than this
 # teacher, student, gradients, loss and logged values, sums on their way up and down, targets
 KINDS = ("T", "F", "B", "L", "U", "D", "Y")
-LINES = ("header", "verdict", "relay", "eval", "share", *KINDS)
+LINES = ("header", "verdict", "relay", "eval", "share", "report", *KINDS)
 
 
 class Line:
@@ -125,6 +125,7 @@ class Channel:
         buffers = [self._comm.to_wire(leaf) for leaf in leaves]
         works = [self._comm.start(self._group.send, b, self._peer, self._place, self._tag) for b in buffers]
         self._comm.messages[self._kind] += len(works)
+        self._comm.sent += sum(buffer.nbytes for buffer in buffers)
         self._sent.append((works, buffers))
 
     def post(self, key: Hashable) -> None:
@@ -190,6 +191,7 @@ class Comm:
         self.stage, self.stages, self.device, self.board = topology.stage, topology.stages, device, world.board
         self._ranks = topology.pipeline(topology.replica)
         self.messages: dict[str, int] = dict.fromkeys((*KINDS, "line"), 0)
+        self.sent = 0  # bytes
         # a receive of gloo that waits already saves the message a round trip; one of NCCL takes a part of the GPU
         self.post_ahead = 2 if backend == "nccl" else 24
         self._staged = device.type == "cuda" and backend == "gloo"
@@ -200,17 +202,20 @@ class Comm:
         world.any()  # the groups below would wait for a rank that has failed by now
         for replica in range(topology.replicas):  # every process takes part in making every group
             self._connect(topology.pipeline(replica), replica == topology.replica, backend, world.timeout)
+        # this rank and no other, for the loss; every rank makes one, since groups are counted in the same order on all
+        self.alone = _new_group((topology.rank,), backend, world.timeout, local=True)
         stage, stages = self.stage, self.stages
         self.lines_in = {name: Line(self, name, 0) for name in ("header", "verdict")} if stage else {}
         self.lines_out: dict[str, Line] = {}
-        self._headers, self._verdicts = (
-            [] if stage else [Line(self, name, peer) for peer in range(1, stages)] for name in ("header", "verdict")
+        self._headers, self._verdicts, self._reports = (
+            [] if stage else [Line(self, name, peer) for peer in range(1, stages)]
+            for name in ("header", "verdict", "report")
         )
         if stage < stages - 1:
             self.lines_in["relay"] = Line(self, "relay", stage + 1)
             self.lines_out["eval"] = Line(self, "eval", stage + 1)
         if stage:
-            self.lines_out["relay"] = Line(self, "relay", stage - 1)
+            self.lines_out |= {"relay": Line(self, "relay", stage - 1), "report": Line(self, "report", 0)}
             self.lines_in["eval"] = Line(self, "eval", stage - 1)
 
     def _connect(self, ranks: tuple[int, ...], mine: bool, backend: str, timeout: timedelta) -> None:
@@ -258,6 +263,17 @@ class Comm:
             line.send(value)
         return self.lines_in["verdict"].take() if self.stage else value
 
+    def report(self, numbers: object) -> None:
+        """Tell rank 0 a little, for its `reports` to take a step later; nobody waits, and it may never take it."""
+        for line in self._reports:
+            line.post()
+        if self.stage:
+            self.lines_out["report"].send(numbers)
+
+    def reports(self) -> list[Any]:
+        """On rank 0, what every other rank has reported."""
+        return [line.take() for line in self._reports]
+
     def start(self, call: Any, tensor: Tensor, peer: int, place: int, tag: int) -> dist.Work:
         """Start one send or receive with the peer at a place in its group; a lost connection is a `PipelineError`."""
         return cast(dist.Work, self.board.guard(self._ranks[peer], call, [tree.as_bytes(tensor)], place, tag))
@@ -269,6 +285,7 @@ class Comm:
     def keep(self, work: dist.Work, buffer: Tensor, peer: int) -> None:
         """Keep the send of a line until it is certain to have been received."""
         self.messages["line"] += 1
+        self.sent += buffer.nbytes
         self._kept.append((work, buffer, peer))
 
     def end_step(self) -> None:
@@ -289,13 +306,10 @@ class Comm:
         """Let go of every connection; peers that still wait for this rank are woken by that."""
         for end in (*self.inward.values(), *self.outward.values(), *self.lines_in.values()):
             vars(end).clear()  # a frame of an exception may still hold it
-        self.inward.clear()
-        self.outward.clear()
-        self.lines_in.clear()
-        self.lines_out.clear()
-        self._headers.clear()
-        self._verdicts.clear()
-        self._kept.clear()
+        for kept in (self.inward, self.outward, self.lines_in, self.lines_out):
+            kept.clear()
+        for lines in (self._headers, self._verdicts, self._reports, self._kept):
+            lines.clear()
         if hasattr(self, "control"):
             del self.control
 
@@ -376,8 +390,8 @@ class Comm:
         return self.share(value, self.stages - 1)
 
 
-def _new_group(ranks: tuple[int, ...], backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
+def _new_group(ranks: tuple[int, ...], backend: str, timeout: timedelta, local: bool = False) -> dist.ProcessGroup:
+    group = dist.new_group(list(ranks), backend=backend, timeout=timeout, use_local_synchronization=local)
     return cast(dist.ProcessGroup, group)  # for ranks outside of the group it is a number, which is never used
 
 

@@ -148,6 +148,7 @@ class Fitting:
     def after_optimizer_step(self) -> None:
         """Make the update that the next step uses, so that a validation and a checkpoint see it."""
         step = self._trainer.global_step + 1  # Lightning counts the step after this call
+        self._module.note_momentum(step)
         if self._teacher is not None and self._version(step + 1) == step:
             self._teacher.advance(step, step)
 
@@ -215,4 +216,4 @@ def _momentum_teacher(module: TeacherStudentModule) -> MomentumTeacher | None:
     pairs = pair_parameters(module.teacher, module.ema_source()).values()
     local = [(teacher, student) for teacher, student in pairs if not teacher.is_meta]
     assert all(not student.is_meta for _, student in local), "a teacher stage is not where its source is"
-    return MomentumTeacher(local, module.momentum)
+    return MomentumTeacher(local, module.momentum_of)

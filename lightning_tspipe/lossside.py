@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_tspipe import tree
@@ -13,6 +14,7 @@ from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch
 from lightning_tspipe.hooks import StepHooks
 from lightning_tspipe.logrelay import LossRelay, LossReport, mean_of
+from lightning_tspipe.scope import world_is
 from lightning_tspipe.stage import Stage, differentiable
 from lightning_tspipe.topology import Topology
 
@@ -25,15 +27,21 @@ class LossSide:
         comm: this rank's connections; None for a pipeline of one stage.
         loss_over: "batch" or "microbatch".
         topology: who is who.
+        world: the ranks that run the loss, this one and those of other replicas; None leaves the default group.
     """
 
     report: LossReport | None = None  # loss and logged values of the current batch, when they are known
 
     def __init__(
-        self, stage: Stage, comm: Comm | None, loss_over: Literal["batch", "microbatch"], topology: Topology
+        self,
+        stage: Stage,
+        comm: Comm | None,
+        loss_over: Literal["batch", "microbatch"],
+        topology: Topology,
+        world: dist.ProcessGroup | None = None,
     ) -> None:
         self._stage, self._comm, self._loss_over = stage, comm, loss_over
-        self._place, self._last = topology.stage, topology.is_last
+        self._place, self._last, self._world = topology.stage, topology.is_last, world
         self._relay = None if comm is None else LossRelay(comm)
         self._teacher_out: dict[int, list[list[Any]]] = {}  # by batch
         self._student_out: list[list[Any]] = []
@@ -97,11 +105,12 @@ class LossSide:
         leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
         student = tree.unflatten(leaves, structure)
         first = not self._reports
-        loss, report = self._hooks.loss(
-            student if batch.info.student.is_list else student[0],
-            teacher if batch.info.teacher.is_list else teacher[0],
-            target,
-        )
+        with world_is(self._world):
+            loss, report = self._hooks.loss(
+                student if batch.info.student.is_list else student[0],
+                teacher if batch.info.teacher.is_list else teacher[0],
+                target,
+            )
         self._reports.append(report)
         for p in covered:
             self._student_out[p] = []
@@ -113,7 +122,8 @@ class LossSide:
         scaled = self._hooks.before_backward(loss) if first else self._hooks.scale(loss)
         if not whole:
             scaled = scaled / len(sizes)
-        torch.autograd.backward(scaled)
+        with world_is(self._world):
+            torch.autograd.backward(scaled)
         floats = differentiable(leaves)
         here = [leaf.grad is not None for leaf in floats]
         self._reached = [a or b for a, b in zip(self._reached, here, strict=True)] if self._reached else here

@@ -20,7 +20,9 @@ from lightning_tspipe.stage import own_input
 
 ROUNDS = 4  # of which the fastest counts, pass by pass
 ENOUGH = 1.0  # seconds after which a layer is not run again
+REPEATS, ENOUGH_FOR_ALL = 3, 2.0  # the same for all layers of a rank, one after the other
 PING_BYTES = 4 << 20
+PINGS = 10
 SUMMED = ("forward", "inputs", "weights", "first", "rest", "held")  # over the views
 
 
@@ -32,7 +34,7 @@ class LayerCost:
         forward, inputs, weights: seconds of a forward, and of a backward for inputs and for weights, in one piece.
         first, rest: seconds of the two parts of a split backward.
         held: bytes kept between forward and backward, parameters left out.
-        sent: bytes of what it gives.
+        received, sent: bytes of what it takes and of what it gives.
         parameters: bytes of its parameters and buffers.
         trained: of these, bytes of what is trained.
     """
@@ -46,6 +48,7 @@ class LayerCost:
     sent: int = 0
     parameters: int = 0
     trained: int = 0
+    received: int = 0
 
     @property
     def seconds(self) -> float:
@@ -92,14 +95,11 @@ class Meter:
 
         def run(view: Any) -> tuple[Any, LayerCost]:
             best = math.inf
-            begun = time.perf_counter()
-            for _ in range(ROUNDS):
+            for _ in _until(ENOUGH, ROUNDS):
                 value = own_input(layer, view)
                 start = self._now()
                 output = layer(value)
                 best = min(best, self._now() - start)
-                if time.perf_counter() - begun > ENOUGH:
-                    break
             return output, LayerCost(best)
 
         with torch.no_grad():
@@ -116,8 +116,7 @@ class Meter:
             leaves, structure = tree.flatten(view)
             leaves = [leaf.detach().requires_grad_(leaf.is_floating_point() and not first) for leaf in leaves]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            begun = time.perf_counter()
-            for _ in range(ROUNDS):
+            for _ in _until(ENOUGH, ROUNDS):
                 value = own_input(layer, tree.unflatten(leaves, structure))
                 start = self._now()
                 output = layer(value)
@@ -137,8 +136,6 @@ class Meter:
                 best[3], best[4] = min(best[3], middle - start), min(best[4], self._now() - middle)
                 for tensor in (*wanted, *trained):
                     tensor.grad = None
-                if time.perf_counter() - begun > ENOUGH:
-                    break
             value = own_input(layer, tree.unflatten(leaves, structure))
             known = before | {tensor.untyped_storage().data_ptr() for tensor in tensors}
             saved: dict[int, int] = {}
@@ -180,9 +177,10 @@ class Meter:
         size = sum(tensor.nbytes for tensor in tensors)
         with self._borrowed(tensors), unchanged(layer.modules()):
             outputs, costs = zip(*(run(view) for view in views), strict=True)
-        sent = sum(leaf.nbytes for leaf in tree.flatten(list(outputs))[0])
+        received, sent = (sum(leaf.nbytes for leaf in tree.flatten(list(of))[0]) for of in (views, outputs))
         total = {name: sum(getattr(cost, name) for cost in costs) for name in SUMMED}
-        return list(outputs), replace(costs[0], **total, sent=sent, parameters=size, trained=trained)
+        sizes = {"received": received, "sent": sent, "parameters": size, "trained": trained}
+        return list(outputs), replace(costs[0], **total, **sizes)
 
     @contextmanager
     def _borrowed(self, tensors: Sequence[Tensor]) -> Iterator[None]:
@@ -221,7 +219,7 @@ class Meter:
         for channel in (sends, takes):
             channel.know(key, tree.flatten(value)[1], ((tuple(value[0].shape), value[0].dtype),))
         best = math.inf
-        for _ in range(ROUNDS):
+        for _ in range(PINGS):  # both ranks as often
             takes.post(key)
             start = self._now()
             if comm.stage == 0:
@@ -232,3 +230,27 @@ class Meter:
             best = min(best, self._now() - start)
             sends.retire(1)
         return best / 2
+
+
+def _until(enough: float, most: int) -> Iterator[int]:
+    """Counts to `most`, and stops when that many seconds have passed."""
+    begun = time.perf_counter()
+    for number in range(most):
+        if number and time.perf_counter() - begun > enough:
+            return
+        yield number
+
+
+def fastest(measure: Callable[[], tuple[Any, list[LayerCost]]]) -> tuple[Any, list[LayerCost]]:
+    """Measure layers again after all others were, and take each one's fastest.
+
+    The first time a layer's memory may be new to the process, which costs up to as much as the layer's own work.
+
+    Args:
+        measure: gives something, and what every layer costs.
+
+    Returns:
+        What it gave the last time, and what every layer costs.
+    """
+    values, costs = zip(*(measure() for _ in _until(ENOUGH_FOR_ALL, REPEATS)), strict=True)
+    return values[-1], [min(of_layer, key=lambda cost: cost.seconds) for of_layer in zip(*costs, strict=True)]

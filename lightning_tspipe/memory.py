@@ -64,6 +64,17 @@ def made_up(tensor: Tensor, device: torch.device) -> Tensor:
     return value.uniform_(0.01, 0.1) if tensor.is_floating_point() else value.zero_()
 
 
+def forget_graphs(module: nn.Module) -> None:
+    """Detach what modules keep of their own computations, whose graphs hold parameters that are to be swapped.
+
+    `torch.nn.utils.weight_norm` keeps the weight so, from its making on, and makes it anew in each forward.
+    """
+    for child in module.modules():
+        for name, value in vars(child).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                vars(child)[name] = value.detach()
+
+
 def release(tensor: Tensor) -> None:
     """Give back its memory; shape, type and the identity of the object stay."""
     swap(tensor, torch.empty_like(tensor, device="meta"), RELEASED)

@@ -18,6 +18,8 @@ from lightning_tspipe.memory import lend
 from lightning_tspipe.taps import problem_with, run_tapped, taken_apart, uncalled
 from lightning_tspipe.teacher import Momentum, MomentumTeacher, check_momentum, pair_parameters, teacher_version
 
+MOMENTUM = "tspipe momentum"  # in a checkpoint: (step, momentum) of the last update, if that is a number
+
 
 class TeacherStudentModule(pl.LightningModule):
     """Base class of a teacher-student training; assign `self.teacher` and `self.student` and write `loss`.
@@ -26,7 +28,8 @@ class TeacherStudentModule(pl.LightningModule):
     every number that the pipeline produces.
 
     Args:
-        momentum: None (the teacher is frozen), a float, or a callable of the optimizer step n = 1, 2, ...
+        momentum: None (the teacher is frozen), a float, or a callable of the optimizer step n = 1, 2, ... A hook may
+            assign `self.momentum`: update n uses what it was when optimizer step n was made.
         teacher_delay: 0 or 1 updates that the teacher is late; None means 1 in the pipeline and 0 elsewhere.
         delay_from_step: steps before this one use delay 0.
         teacher_mode: "eval" or "train"; None means eval when frozen and train with momentum.
@@ -68,6 +71,7 @@ class TeacherStudentModule(pl.LightningModule):
         self.loss_over = loss_over
         self.save_teacher = momentum is not None if save_teacher is None else save_teacher
         self._momentum_teacher: MomentumTeacher | None = None
+        self._made_with: tuple[int, float] | None = None  # the last optimizer step, and the momentum then
         self._twin_optimizer: Any = None
         if not self.save_teacher:
             self.register_state_dict_post_hook(_drop_teacher)  # type: ignore[no-untyped-call]
@@ -149,6 +153,28 @@ class TeacherStudentModule(pl.LightningModule):
         with lend():
             return super().load_state_dict(state_dict, strict, assign)
 
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the momentum of an update that may still have to be made."""
+        if self._made_with is not None:
+            checkpoint[MOMENTUM] = self._made_with
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Know it again."""
+        self._made_with = checkpoint.get(MOMENTUM)
+
+    def momentum_of(self, step: int) -> float:
+        """The momentum m_n of update n = `step`, made now or later."""
+        if self._made_with is not None and self._made_with[0] == step:
+            return self._made_with[1]
+        assert self.momentum is not None
+        return self.momentum(step) if callable(self.momentum) else self.momentum
+
+    def note_momentum(self, step: int) -> None:
+        """Optimizer step `step` has been made: a hook may change a float before its update is made."""
+        self._made_with = None if self.momentum is None or callable(self.momentum) else (step, self.momentum)
+
     def version_of(self, step: int, default_delay: int) -> int:
         """The version of the teacher that optimizer step `step` uses (`teacher.teacher_version`)."""
         delay = default_delay if self.teacher_delay is None else self.teacher_delay
@@ -210,13 +236,14 @@ class TeacherStudentModule(pl.LightningModule):
         self._twin_optimizer = optimizer
         if self.momentum is not None:
             pairs = list(pair_parameters(self.teacher, self.ema_source()).values())
-            self._momentum_teacher = MomentumTeacher(pairs, self.momentum, self.version_of(step, default_delay=0))
+            self._momentum_teacher = MomentumTeacher(pairs, self.momentum_of, self.version_of(step, default_delay=0))
             optimizer.register_step_post_hook(self._after_optimizer_step)
 
     def _after_optimizer_step(self, *_: Any) -> None:
         """Make update n now if step n + 1 uses it, so that a validation and a checkpoint see it."""
         assert self._momentum_teacher is not None
         step = self.trainer.global_step + 1  # Lightning counts the step after the optimizer has made it
+        self.note_momentum(step)
         if self.version_of(step + 1, default_delay=0) == step:
             self._momentum_teacher.advance(step, step)
 

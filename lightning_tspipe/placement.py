@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from lightning_tspipe.schedule import Costs
 
 MIB = 2**20
-PASSES = {"t": "T ms", "f": "F ms", "b": "I ms", "w": "W ms", "messages": "messages ms"}
+PASSES = {"t": "T ms", "f": "F ms", "again": "F again ms", "b": "I ms", "w": "W ms", "messages": "messages ms"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,11 @@ class Placement:
         message: seconds of one message, on average.
         weights: bytes per stage of parameters and buffers, gradients, and an optimizer state of two numbers each.
         held: bytes per stage that a microbatch takes between its forward and its backward.
+        passed: bytes per stage that go in and out of it with a microbatch, which is all that it holds with `recompute`;
+            `held` is there for one microbatch at a time then.
         rows: samples of a microbatch in the measurement.
         microbatches: per batch, if a number was chosen.
+        recompute: whether each backward begins with its forward again.
     """
 
     student: tuple[tuple[str, ...], ...]
@@ -43,6 +46,8 @@ class Placement:
     held: tuple[float, ...] = ()
     rows: int = 0
     microbatches: int | None = None
+    passed: tuple[float, ...] = ()
+    recompute: bool = False
     first: tuple[float, ...] = ()
     rest: tuple[float, ...] = ()
 
@@ -59,18 +64,31 @@ class Placement:
     @property
     def costs(self) -> Costs | None:
         """For the schedule; None where nothing was measured."""
-        if not self.first:
-            return Costs(self.t, self.f, self.b, self.w, self.message) if self.t else None
-        whole = tuple(map(add, self.b, self.w))
-        # the first stage owes nobody a gradient: its backward is put off as a whole
-        parts = (0.0, *self.first[1:]), (whole[0], *self.rest[1:])
-        return Costs(self.t, self.f, *parts, self.message, whole=whole)
+        if not self.t:
+            return None
+        costs = Costs(self.t, self.f, self.b, self.w, self.message)
+        if self.first:
+            whole = tuple(map(add, self.b, self.w))
+            # the first stage owes nobody a gradient: its backward is put off as a whole
+            first, rest = (0.0, *self.first[1:]), (whole[0], *self.rest[1:])
+            costs = replace(costs, b=first, w=rest, whole=whole)
+        return costs.recomputed() if self.recompute else costs
 
     @property
     def busy(self) -> list[float]:
         """Seconds that each rank needs for a microbatch, messages included."""
-        columns = (self.t, self.f, self.b, self.w, self.messages)
+        columns = [getattr(self, name) for name in self._passes]
         return [sum(stage) for stage in zip(*columns, strict=True)]
+
+    @property
+    def again(self) -> tuple[float, ...]:
+        """Seconds of the student's forward within a backward."""
+        return self.f if self.recompute else ()
+
+    @property
+    def _passes(self) -> dict[str, str]:
+        """What a rank does for a microbatch, and how the table calls it."""
+        return {name: title for name, title in PASSES.items() if self.recompute or name != "again"}
 
     def table(self) -> str:
         """One row per stage.
@@ -84,11 +102,14 @@ class Placement:
         header = ["stage", "student", "teacher"]
         rows = [[str(stage), _range(self.student[stage]), _range(self.teacher[stage])] for stage in range(self.stages)]
         if self.t:
-            header += [*PASSES.values(), "sum ms", "weights MiB", "microbatch MiB"]
+            sizes = {"weights MiB": self.weights, "microbatch MiB": self.held}
+            if self.recompute and self.passed:
+                sizes = {"weights MiB": self.weights, "microbatch MiB": self.passed, "recomputed MiB": self.held}
+            header += [*self._passes.values(), "sum ms", *sizes]
             for stage, row in enumerate(rows):
-                row += [f"{1e3 * getattr(self, name)[stage]:.2f}" for name in PASSES]
+                row += [f"{1e3 * getattr(self, name)[stage]:.2f}" for name in self._passes]
                 row += [f"{1e3 * self.busy[stage]:.2f}"]
-                row += [f"{column[stage] / MIB:.1f}" for column in (self.weights, self.held)]
+                row += [f"{column[stage] / MIB:.1f}" for column in sizes.values()]
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                  for row in (header, *rows)]  # fmt: skip

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lightning_tspipe import tree
 from lightning_tspipe.balance import Chain, joint_cut
+from lightning_tspipe.batchnorm import too_few_values
 from lightning_tspipe.comm import Comm
-from lightning_tspipe.measure import LayerCost, MessageCost, Meter
+from lightning_tspipe.measure import LayerCost, MessageCost, Meter, fastest
 from lightning_tspipe.partition import Layers, Partition
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.recording import tensors_of
@@ -54,6 +55,8 @@ class Placer:
         comm: this rank's connections.
         device: of this rank.
         context: of a forward in the run's precision.
+        recompute: whether each backward of the student begins with its forward again.
+        keeps_inputs: whether until then a stage holds what goes in and out of it only (`Chain.passed`).
     """
 
     def __init__(
@@ -63,8 +66,11 @@ class Placer:
         comm: Comm,
         device: torch.device,
         context: Callable[[], AbstractContextManager[Any]],
+        recompute: bool = False,
+        keeps_inputs: bool = False,
     ) -> None:
         self._layers, self._stages, self._comm, self._context = layers, stages, comm, context
+        self._recompute, self._keeps_inputs = recompute, keeps_inputs
         self._meter = Meter(device)
         self._tensors = {name: tensors_of(network) for name, network in layers.networks.items()}
 
@@ -90,13 +96,14 @@ class Placer:
         if gathered is None or sample is None:
             return None
         student, teacher = ([cost for rank in gathered for cost in rank[place]] for place in (0, 1))
-        chains = _chain(student, message, 2), _chain(teacher, message, 1)
+        of_student = chain_of(student, message, 2, self._recompute, self._keeps_inputs)
+        chains = of_student, chain_of(teacher, message, 1)
         try:
             parts = self._layers.cut(*self._choose(*chains, limit, in_flight))
         except ValueError as error:
             return error
         rows = len(tree.flatten(sample["student"])[0][0])
-        return replace(_placement(parts, student, teacher, chains, message), rows=rows)
+        return replace(_placement(parts, student, teacher, chains, message), rows=rows, recompute=self._recompute)
 
     def _measure(self, network: str, parts: Partition, views: list[Any] | None) -> list[LayerCost]:
         """Measure this rank's share of a network's layers, on what the ranks before it made of the sample."""
@@ -105,16 +112,27 @@ class Placer:
         apart = self._layers.apart()
         costs: list[LayerCost] = []
 
-        def run(views: list[Any]) -> list[Any] | None:
+        def once(views: list[Any]) -> tuple[list[Any], list[LayerCost]]:
+            found = []
             for number in range(start, start + sizes[self._comm.stage]):
                 (layer,) = apart.runs(network, number)
                 tensors = self._tensors_of(network, number)
-                with self._context():
-                    if network == "teacher":
-                        views, cost = self._meter.teacher(layer.module, tensors, views)
-                    else:
-                        views, cost = self._meter.student(layer.module, tensors, views, number == 0)
-                costs.append(cost)
+                try:
+                    with self._context():
+                        if network == "teacher":
+                            views, cost = self._meter.teacher(layer.module, tensors, views)
+                        else:
+                            views, cost = self._meter.student(layer.module, tensors, views, number == 0)
+                except ValueError as error:
+                    if (known := too_few_values(error, f"the {network}", {layer.name: layer.module})) is not None:
+                        raise known from error
+                    raise
+                found.append(cost)
+            return views, found
+
+        def run(views: list[Any]) -> list[Any] | None:
+            nonlocal costs
+            views, costs = fastest(lambda: once(views))
             return views if self._comm.stage < self._stages - 1 else None
 
         self._comm.chain(run, views)
@@ -138,7 +156,8 @@ class Placer:
             weights[number] += sum(of_teacher.weights[follower] for follower in followers)
             place += len(followers)
         nothing = Chain([0.0] * self._stages)
-        return self._cut(Chain(seconds, edge, weights, of_student.held), nothing, limit, in_flight)[0], None
+        both = replace(of_student, seconds=seconds, edge=edge, weights=weights)
+        return self._cut(both, nothing, limit, in_flight)[0], None
 
     def _cut(
         self, student: Chain, teacher: Chain, limit: float, in_flight: Sequence[int]
@@ -154,13 +173,17 @@ class Placer:
             ) from error
 
 
-def _chain(costs: Sequence[LayerCost], message: MessageCost, messages: int) -> Chain:
+def chain_of(
+    costs: Sequence[LayerCost], message: MessageCost, messages: int, recompute: bool = False, keeps_inputs: bool = False
+) -> Chain:
+    """What the layers cost where a cut means so many messages per microbatch; the rest is as in `Placer`."""
     sent = [0, *(cost.sent for cost in costs[:-1])]
     return Chain(
-        [cost.seconds for cost in costs],
+        [cost.seconds + recompute * cost.forward for cost in costs],
         [messages * message.seconds(size) for size in sent],
         [float(cost.parameters + 3 * cost.trained) for cost in costs],
         [float(cost.held) for cost in costs],
+        [*(float(cost.received) for cost in costs), float(costs[-1].sent)] if keeps_inputs else (),
     )
 
 
@@ -201,4 +224,5 @@ def _placement(
         message=sum(single) / len(single),
         weights=of_both(lambda chain: chain.weights),
         held=sums([cost.held for cost in student], stages[0]),
+        passed=tuple(float(student[of.start].received + student[of.stop - 1].sent) for of in stages[0]),
     )

@@ -18,14 +18,13 @@ from lightning_tspipe.simulate import ReplayError, replay
 SCHEDULES = ORDERS
 
 
-def estimate_costs(partition: Partition, recompute: bool = False) -> Costs:
-    """Relative costs from parameter counts, for want of measured ones: a backward is two forwards, or three."""
+def estimate_costs(partition: Partition) -> Costs:
+    """Relative costs from parameter counts, for want of measured ones: a backward is two forwards."""
     student = [1 + _parameters(layers) for layers in partition.student]
     teacher = [1 + _parameters(layers) if layers else 0 for layers in partition.teacher]
     unit = sum(student) / len(student)
     forward = tuple(count / unit for count in student)
-    backward = tuple(2 * cost for cost in forward) if recompute else forward  # the forward again, then the inputs
-    return Costs(t=tuple(count / unit for count in teacher), f=forward, b=backward, w=forward)
+    return Costs(t=tuple(count / unit for count in teacher), f=forward, b=forward, w=forward)
 
 
 def check_plan_arguments(microbatches: int | str, schedule: str) -> None:
@@ -50,8 +49,9 @@ def most_in_memory(limit: Sequence[float], microbatch: Sequence[float]) -> tuple
     if min(most) < 1:
         rank = most.index(min(most))
         raise ValueError(
-            f"A microbatch takes {microbatch[rank]:,.0f} bytes on rank {rank}, more than the {limit[rank]:,.0f} that "
-            "it may: cut the batch into more microbatches, or the network into more stages."
+            f"A microbatch takes {microbatch[rank]:,.0f} bytes on rank {rank}, more than the "
+            f"{max(0, limit[rank]):,.0f} that it may: cut the batch into more microbatches, or the network into more "
+            "stages."
         )
     return most
 

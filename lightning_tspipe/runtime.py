@@ -16,12 +16,14 @@ from lightning_tspipe import tree
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, shapes_of
 from lightning_tspipe.hooks import StepHooks
+from lightning_tspipe.journal import LOAD
 from lightning_tspipe.logrelay import LossReport
 from lightning_tspipe.lossside import LossSide
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.replicas import Replicas
 from lightning_tspipe.schedule import Action, Costs, Kind, Op, Schedule, lower, step_order
 from lightning_tspipe.stage import Network, Stage, differentiable
+from lightning_tspipe.stopwatch import Stopwatch
 from lightning_tspipe.teacher import MomentumTeacher
 from lightning_tspipe.topology import Topology
 
@@ -59,10 +61,13 @@ class Runtime:
         span: Callable[[str], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self._stage, self._comm, self.planner, self._teacher = stage, comm, planner, teacher
+        self.comm, self.device = comm, stage.device
+        self.stopwatch: Stopwatch | None = None  # notes when each action begins and ends, if there is one
         self._topology = topology
         self._place, self._last = topology.stage, topology.is_last
         self._parameters, self._replicas = parameters, replicas
-        self._loss = LossSide(stage, comm, loss_over, topology)
+        world = comm.alone if comm is not None else None
+        self._loss = LossSide(stage, comm, loss_over, topology, world if replicas is None else replicas.group)
         self._span = span
         self._done: Counter[int] = Counter()  # batch -> teacher forwards already made
         self._versions: dict[int, int] = {}
@@ -141,6 +146,9 @@ class Runtime:
         self.current = self.schedule(batch.info.microbatches)
         self._versions[batch.info.index], self._completed, self._updates = version, completed, updates
         self._gradients_done, self._pending = 0, None
+        watch = self.stopwatch
+        if watch is not None:
+            watch.next_step()
         self._loss.begin(batch, hooks)
         asked = False
         for op in self._program(batch.info.microbatches, self._done.pop(batch.info.index, 0)):
@@ -148,7 +156,7 @@ class Runtime:
             if action.ahead:
                 if lookahead and not asked:
                     self._stage.leave()
-                    self._next, asked = upcoming(), True
+                    self._next, asked = self._load(upcoming, batch), True
                     if self._next is not None:
                         self._versions[self._next.info.index] = next_version
                 if self._next is None or action.microbatch >= self._next.info.microbatches:
@@ -156,7 +164,12 @@ class Runtime:
                 target = self._next
             try:
                 with self._span(f"[TSPipe]{action}") if self._span is not None and op.verb == "run" else NOTHING:
-                    self._table[op.verb, action.kind](target, action.microbatch)
+                    if watch is None or op.verb != "run":
+                        self._table[op.verb, action.kind](target, action.microbatch)
+                    else:
+                        watch.begin(action.kind, target.info.index, action.microbatch, action.ahead)
+                        self._table[op.verb, action.kind](target, action.microbatch)
+                        watch.end()
             except Exception:
                 self._show(batch.info.microbatches, action)
                 raise
@@ -170,11 +183,20 @@ class Runtime:
         self._hooks.after_backward(report.values[0])
         self._finish(batch)
         if not asked:
-            self._next = upcoming()
+            self._next = self._load(upcoming, batch)
         if lookahead and self._next is not None and any(self.schedule(batch.info.microbatches).ahead):
             self._pending = self._next
             self._versions[self._next.info.index] = next_version
         return report
+
+    def _load(self, upcoming: Callable[[], Batch | None], batch: Batch) -> Batch | None:
+        """The batch after this one."""
+        if self.stopwatch is None:
+            return upcoming()
+        self.stopwatch.begin(LOAD, batch.info.index + 1, ahead=True)
+        found = upcoming()
+        self.stopwatch.end()
+        return found
 
     def finish_ahead(self) -> None:
         """Do the rest of a looked-ahead batch's teacher work and forget it: no message stays under way."""
@@ -307,4 +329,7 @@ class Runtime:
 
     def _take(self, kind: str) -> Any:
         assert self._comm is not None
-        return self._comm.inward[kind].take()
+        value = self._comm.inward[kind].take()
+        if self.stopwatch is not None:
+            self.stopwatch.arrived()
+        return value

@@ -17,7 +17,8 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from operator import add
 from typing import Literal, cast, get_args
 
 Kind = Literal["T", "F", "B", "I", "W"]
@@ -101,6 +102,11 @@ class Costs:
         """The same costs on every one of `stages` stages."""
         require(stages >= 1, f"stages is {stages}: give at least 1")
         return cls((t,) * stages, (f,) * stages, (b,) * stages, (w,) * stages, message)
+
+    def recomputed(self) -> Costs:
+        """Where every backward begins with its forward again: in I, but in W on the first stage, whose I is nothing."""
+        b, w = ((self.b[0], *map(add, self.b[1:], self.f[1:])), (self.w[0] + self.f[0], *self.w[1:]))
+        return replace(self, b=b, w=w, whole=tuple(map(add, self.whole, self.f)))
 
     def seconds(self, kind: Kind, stage: int) -> float:
         """What one action takes on a stage."""

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_tspipe import split, tree
 from lightning_tspipe.arguments import Call
-from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint
+from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint, too_few_values
 from lightning_tspipe.layers import Entry, Layer
 from lightning_tspipe.reach import reach
 from lightning_tspipe.steps import Options, call_all, chain
@@ -79,6 +79,7 @@ class Stage:
         self._checked = False  # that no layer of the student changes its buffers
         self._current: tuple[int, ...] = ()  # what the random numbers depend on
         names = {"student": [layer.name for layer in student], "teacher": [layer.name for layer in teacher]}
+        self._names = names
         self._chains = {
             network: _chain(layers, names[network], compile_options, self._begin_layer)
             for network, layers in self._layers.items()
@@ -194,7 +195,13 @@ class Stage:
     def _pass(self, network: Network, inputs: Any) -> Any:
         """All layers, one after the other, on one view."""
         layers = self._layers[network]
-        return self._chains[network](own_input(layers[0], inputs) if layers else inputs)
+        try:
+            return self._chains[network](own_input(layers[0], inputs) if layers else inputs)
+        except ValueError as error:
+            named = dict(zip(self._names[network], layers, strict=False))  # what was followed is one
+            if (known := too_few_values(error, f"the {network}", named)) is not None:
+                raise known from error
+            raise
 
     def _checkpoint(self, inputs: Any) -> Any:
         """The student's pass, which keeps its inputs only; torch runs it again in the backward, with equal numbers."""

@@ -36,7 +36,6 @@ from lightning_tspipe.feed import SharedLoader, SilentLoader
 from lightning_tspipe.fitting import Fitting
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.partition import Balance, Partition
-from lightning_tspipe.placement import Placement
 from lightning_tspipe.plan import check_plan_arguments
 from lightning_tspipe.refuse import (
     SEVERAL_OPTIMIZERS,
@@ -50,15 +49,14 @@ from lightning_tspipe.refuse import (
     warn_of_low_momentum,
 )
 from lightning_tspipe.replicas import Replicas
-from lightning_tspipe.saving import CheckpointStrategy
-from lightning_tspipe.schedule import Costs, Schedule
+from lightning_tspipe.reporting import ReportingStrategy
 from lightning_tspipe.stage import Stage
 from lightning_tspipe.topology import Topology
 
 log = logging.getLogger(__name__)
 
 
-class TSPipeStrategy(CheckpointStrategy):
+class TSPipeStrategy(ReportingStrategy):
     """Trains a `TeacherStudentModule` as a pipeline whose bubbles are filled with the teacher of the next batch.
 
     Args:
@@ -75,7 +73,7 @@ class TSPipeStrategy(CheckpointStrategy):
         process_group_backend: "nccl" or "gloo"; None takes nccl on GPUs and gloo elsewhere.
         timeout: how long one message may take.
         state_dict_type: of checkpoints: "full" is one file, "sharded" a folder to which each rank writes its own part.
-        recompute: whether a student stage keeps its inputs only, and runs again in the backward.
+        recompute: whether a student stage keeps only what goes in and out of it, and runs again in the backward.
         compile: whether each stage goes through torch.compile, or the arguments for that.
 
     Raises:
@@ -115,7 +113,6 @@ class TSPipeStrategy(CheckpointStrategy):
         self._state_dict_type = state_dict_type
         self._stage: Stage | None = None
         self._partition: Partition | None = None
-        self.placement: Placement | None = None  # which rank has which layers, and what they cost
         self._undo: list[Callable[[], None]] = []
 
     @classmethod
@@ -128,21 +125,6 @@ class TSPipeStrategy(CheckpointStrategy):
                 description=f"teacher-student pipeline, start_method={method!r}",
                 start_method=method,
             )
-
-    @property
-    def plan(self) -> Schedule | None:
-        """The schedule of the last step; None outside of a fit."""
-        return None if self._fitting is None else self._fitting.runtime.current
-
-    @property
-    def costs(self) -> Costs | None:
-        """The costs that the schedule was made for; None outside of a fit."""
-        return None if self._fitting is None else self._fitting.runtime.costs
-
-    @property
-    def busy(self) -> dict[str, float]:
-        """Seconds that this rank has spent in T, F and B since the fit began."""
-        return {} if self._fitting is None else dict(self._fitting.runtime.busy)
 
     @property
     def _module(self) -> TeacherStudentModule:
@@ -166,8 +148,9 @@ class TSPipeStrategy(CheckpointStrategy):
         self._connect(topology)
         self._undo.append(partial(_lightning.forget_loader, trainer))
         arrangement = Arrangement(
-            trainer, module, topology, self._comm, self._balance, self._microbatches, self._max_memory, self.broadcast
-        )
+            trainer, module, topology, self._comm, self._balance, self._microbatches, self._schedule, self._recompute,
+            self._max_memory, self.broadcast,
+        )  # fmt: skip
         self._partition, self.placement = arrangement.parts, arrangement.placement
         parts = arrangement.parts
         self._shards = Shards(module, parts.owners(), topology.stage, self._comm, self._replicas)
@@ -185,7 +168,7 @@ class TSPipeStrategy(CheckpointStrategy):
             self.setup_optimizers(trainer)
             post_ahead = 0 if self._comm is None else self._comm.post_ahead
             resumed = self._resumed.get("microbatches")  # a resumed run goes on with the number that it had
-            planner = arrangement.planner(self._schedule, self._recompute, options, post_ahead, resumed)
+            planner = arrangement.planner(options, post_ahead, resumed)
             self._chosen = planner.microbatches if self._microbatches == "auto" else self._microbatches
             self.placement = replace(self.placement, microbatches=self._chosen)
             self._fitting = Fitting(

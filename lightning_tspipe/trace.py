@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_tspipe import tree
 from lightning_tspipe.arguments import arguments_of
+from lightning_tspipe.batchnorm import too_few_values
 from lightning_tspipe.memory import made_up, swap
 from lightning_tspipe.recording import NotFollowed, Recorder, Recording, Signature, extra_states_of, tensors_of
 from lightning_tspipe.steps import Options, Steps
@@ -383,7 +384,8 @@ def _shapes_by_trial(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 def _cannot(network: nn.Module, cause: BaseException | None, name: str = "") -> ValueError:
     where = f" (in its submodule {name!r})" if name else ""
-    return ValueError(
+    too_few = too_few_values(cause, f"the {type(network).__name__}", {name: network.get_submodule(name)})
+    return too_few or ValueError(
         f"The forward of {type(network).__name__} cannot be cut into stages{where}: {type(cause).__name__}: {cause}. "
         "Write the network as an nn.Sequential, or give it a method `pipeline_layers()` that returns the list of "
         "modules that its forward calls one after the other."

@@ -62,6 +62,16 @@ CASES: dict[str, tuple[str, ...]] = {
     "NoTensor": ("no tensor with rows in dimension 0", "Override student_input"),
     "DifferentRows": ("4 rows and teacher_input(batch) has 3", "the same samples"),
     "SmallBatch": ("A batch of 4 row(s) cannot be cut into microbatches=5", "drop_last=True"),
+    "OneRowMeasured": (
+        "The batch norm '1.1' of the student got a microbatch with one value",
+        "fewer microbatches",
+    ),
+    "OneRow": ("The batch norm '1.0.inner.1' of the", "with one value per channel", "a larger batch"),
+    "OneRowFollowed": (
+        "The batch norm 'inner.1' of the Normalized got",
+        "with one value per channel",
+        "drop_last=True",
+    ),
     "LossOfManyNumbers": ("a tensor of shape (4, 2)", "Reduce it"),
     "LossIsNoTensor": ("must return a scalar tensor", "it returned a float"),
     "DictWithoutLoss": ("must return a scalar tensor, or a dict with a scalar tensor under 'loss'",),
@@ -283,6 +293,7 @@ def test_a_logger_that_draws_the_model_is_refused(tmp_path: Path) -> None:
         check_trainer(draws, Small(), 2, "auto")
     assert "Use log_graph=False" in str(caught.value)
     check_trainer(draws, Small(), 1, "auto")
+    check_trainer(trainer(2, logger=True, fast_dev_run=True), Small(), 2, "auto")  # its logger has any attribute
 
 
 def fake_trainer(device: str) -> Any:

@@ -29,7 +29,11 @@ def memory(student: Chain, teacher: Chain, sizes: Sequence[Sequence[int]], in_fl
     result = [0.0] * len(in_flight)
     for chain, of in zip((student, teacher), sizes, strict=True):
         for stage, (a, b) in enumerate(itertools.pairwise(itertools.accumulate(of, initial=0))):
-            result[stage] += sum(chain.weights[a:b]) + in_flight[stage] * sum(chain.held[a:b])
+            result[stage] += sum(chain.weights[a:b])
+            if chain.passed:  # one microbatch at a time is there as a whole
+                result[stage] += sum(chain.held[a:b]) + in_flight[stage] * (chain.passed[a] + chain.passed[b])
+            else:
+                result[stage] += in_flight[stage] * sum(chain.held[a:b])
     return result
 
 
@@ -43,7 +47,9 @@ def chains(draw: st.DrawFn, held: bool) -> Chain:
     count = draw(st.integers(3, 7))
     column = st.lists(st.floats(0, 10), min_size=count, max_size=count)
     edge = draw(st.lists(st.one_of(st.floats(0, 5), st.just(math.inf)), min_size=count, max_size=count))
-    return Chain(draw(column), edge, draw(column), draw(column) if held else [0.0] * count)
+    passed = st.lists(st.floats(0, 10), min_size=count + 1, max_size=count + 1)
+    kept = draw(st.one_of(passed, st.just(()))) if held else ()
+    return Chain(draw(column), edge, draw(column), draw(column) if held else [0.0] * count, kept)
 
 
 @given(chains(True), chains(False), st.integers(1, 3), st.floats(5, 60), st.booleans())
@@ -80,3 +86,14 @@ def test_many_layers_are_cut_nearly_as_well_as_few() -> None:
     student, teacher = Chain(seconds, [0] * 300), Chain(seconds[::-1], [0] * 300)
     sizes = joint_cut(student, teacher, 4)
     assert slowest(student, teacher, sizes) < 1.01 * 2 * sum(seconds) / 4
+
+
+def test_many_layers_that_recompute_keep_the_limit() -> None:
+    """Joined neighbours pass on what the ends of the joint layer do: here every second place is a narrow one."""
+    passed = [1.0 if n % 2 == 0 else 50.0 for n in range(301)]
+    student = Chain([1.0] * 300, [0.0] * 300, [1.0] * 300, [1.0] * 300, passed)
+    teacher, in_flight = Chain([1.0] * 4), [4, 3, 2, 1]
+    sizes = joint_cut(student, teacher, 4, 158, in_flight)  # 75 layers twice, and two narrow ends four times
+    assert max(memory(student, teacher, sizes, in_flight)) <= 158
+    with pytest.raises(ValueError, match="nothing keeps the limit"):
+        joint_cut(student, teacher, 4, 140, in_flight)

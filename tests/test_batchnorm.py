@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_tspipe.batchnorm import DeferredBatchNorm
+from lightning_tspipe.batchnorm import TOO_FEW, DeferredBatchNorm, too_few_values
 
 
 @pytest.mark.parametrize("sizes", [[6], [3, 3], [2, 2, 2], [4, 1, 1]])
@@ -62,3 +62,13 @@ def test_discard_eval_and_restore() -> None:
     norm.train()
     norm(x)
     assert norm.num_batches_tracked == 1
+
+
+def test_only_what_torch_says_of_one_value_is_explained() -> None:
+    layers = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.BatchNorm1d(3)))
+    with pytest.raises(ValueError, match=TOO_FEW) as raised:
+        layers(torch.ones(1, 2))
+    known = too_few_values(raised.value, "the student", {"5": layers})
+    assert str(known).startswith("The batch norm '5.1.0' of the student got a microbatch with one value per channel")
+    assert too_few_values(ValueError("expected 2D or 3D input"), "the student", {"5": layers}) is None
+    assert too_few_values(None, "the student", {}) is None

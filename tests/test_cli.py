@@ -15,6 +15,8 @@ import lightning_utilities.core.imports
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from PIL import Image
 
 from tests.multiproc import result_of
 from tests.scripts.zygote import ROOT, Zygote
@@ -167,6 +169,122 @@ def test_evaluation(folder: Path, command: str, value: str) -> None:
     for rank in range(2):
         ours, twins = found(folder, command, 2, rank)[value], found(folder, command, 1)[value]
         torch.testing.assert_close(ours, twins, rtol=1e-12, atol=1e-12)
+
+
+# --- seeing the pipeline
+
+
+@pytest.fixture(scope="module")
+def seen(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder in which two ranks have run what shows the pipeline, and what each has printed."""
+    folder = tmp_path_factory.mktemp("seeing")
+    (folder / "my_module.py").write_text(MODULE)
+    config = yaml.safe_load(CONFIG)
+    config["trainer"] |= {"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "."}}}
+    config["trainer"]["callbacks"].append({"class_path": "LearningRateMonitor"})  # it insists on a logger
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    commands = [["plan", "--config", "config.yaml", "--bandwidth_gb_s", "2.5"]]
+    commands.append(["trace", "--config", "config.yaml", "--steps", "6", "--out", "seen/run"])
+    out = tmp_path_factory.mktemp("out")
+    codes = zygote.run("tests.test_cli:run_commands", 2, out, folder=str(folder), commands=commands)
+    texts = [(out / f"{rank}.txt").read_text() for rank in range(2)]
+    assert codes == [0] * 2, texts
+    return folder, texts
+
+
+def test_plan_measures_and_trains_nothing(seen: tuple[Path, list[str]]) -> None:
+    folder, (text, other) = seen
+    table = re.split(r"Costs of [12] samples, as measured:\n", text)[1]
+    header, _, first, second, *_ = table.splitlines()
+    assert [cell.strip() for cell in header.split("|")][:5] == ["stage", "student", "teacher", "T ms", "F ms"]
+    for stage, row in enumerate((first, second)):
+        cells = [cell.strip() for cell in row.split("|")]
+        assert cells[0] == str(stage)
+        assert float(cells[4]) > 0
+    assert re.search(r'^tspipe, schedule="afab" +\| any +\| \d+\.\d+ ', table, re.MULTILINE)
+    assert re.search(r"^DDP +\| any +\| \d+\.\d+ ", table, re.MULTILINE), "the bandwidth is known, so it is no bound"
+    assert "The pipeline is NOT the better choice: an action takes 0." in table
+    assert "as measured" not in other
+    assert not list(folder.rglob("*.ckpt"))
+    assert not list(folder.rglob("config.yaml"))[1:]
+
+
+def test_trace_shows_what_every_rank_did_beside_the_plan(seen: tuple[Path, list[str]]) -> None:
+    folder, (text, other) = seen
+    trace = json.loads((folder / "seen/run.json").read_text())
+    names = {(e["pid"], e.get("tid")): e["args"]["name"] for e in trace["traceEvents"] if e["ph"] == "M"}
+    ranks = {(process, rank): f"rank {rank}" for process in (0, 1) for rank in (0, 1)}
+    assert names == {(0, None): "measured", (1, None): "planned"} | ranks
+    slices = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert {e["args"]["step"] for e in slices if e["pid"] == 0} == set(range(6))
+    work = [e for e in slices if e["cat"] != "bubble" and e["args"]["step"] == 2]
+    for rank in (0, 1):  # the third of four batches: it has a predecessor and a successor
+        ran, plan = ([e["name"] for e in work if (e["pid"], e["tid"]) == (process, rank)] for process in (0, 1))
+        assert ran == plan
+        assert {name[0] for name in ran} == set("TFB")
+    causes = {e["args"]["cause"] for e in slices if e["cat"] == "bubble"}
+    assert any(re.match(r"waits for B0 of rank 1: .* ms", cause) for cause in causes)
+    assert "waits for rank 0 to announce the next batch" in causes
+    with Image.open(folder / "seen/run.png") as picture:
+        assert picture.format == "PNG"
+    for name in ("measured", "planned"):
+        assert re.search(rf"^{name}: step \d+\.\d+ ms, utilization \d\.\d+\nrank \| work +\|", text, re.MULTILINE)
+    assert "seen/run.json is for https://ui.perfetto.dev" in text
+    assert "ui.perfetto.dev" not in other
+    assert not list(folder.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages", "2", "--t", "[1,2,3]"], "t has 3 costs for 2 stages"),
+        (["--stages", "2", "--bandwidth_gb_s", "0"], "bandwidth_gb_s=0.0: give a positive number"),
+        (["--stages", "0"], "stages is 0"),
+        (["--stages", "2", "--microbatches", "0"], "microbatches is 0"),
+    ],
+)
+def test_plan_with_bad_costs_says_so(arguments: list[str], message: str) -> None:
+    from lightning_tspipe.cli import main
+
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main(["plan", *arguments])
+
+
+def test_plan_from_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_tspipe.cli import main
+
+    sizes = ["--student_mb", "100", "--teacher_mb", "1000", "--activations_mb", "400", "--bandwidth_gb_s", "1"]
+    main(["plan", "--stages", "4", "--t", "1", "--f", "[1,1,1,1]", "--microbatches", "12", *sizes])
+    text = capsys.readouterr().out
+    assert text.startswith("4 ranks, 12 microbatches; a step is one batch:\n")
+    rows = {cells[0]: cells[1:] for cells in ([*map(str.strip, line.split(" | "))] for line in text.splitlines())}
+    assert rows['tspipe, schedule="afab"'] == ["any", "48.00", "1.000", "1.00", "1.55", "?"]
+    assert rows["DDP"] == ["any", "174.00", "0.276", "3.62", "2.6", "?"]
+    assert text.splitlines()[-1].startswith("The pipeline is the better choice")
+    page = (ROOT / "docs/seeing.md").read_text()
+    (shown,) = re.findall(
+        r"^lightning-tspipe (plan --stages .*?)\n```\n\n```text\n(.*?)```", page, re.DOTALL | re.MULTILINE
+    )
+    main(shown[0].replace("\\\n", "").split())
+    assert capsys.readouterr().out == shown[1]
+    main(["plan", "--stages", "3", "--exact_teacher", "true"])
+    assert capsys.readouterr().out.startswith("3 ranks, 6 microbatches")
+
+
+def test_plan_needs_a_measurement(tmp_path: Path) -> None:
+    def message(strategy: str) -> str:
+        from lightning_tspipe.cli import main
+
+        os.chdir(tmp_path)
+        sys.path.insert(0, str(tmp_path))
+        with pytest.raises(MisconfigurationException) as caught:
+            main(["plan", "--config", "config.yaml", "--trainer.devices", "1", "--trainer.strategy", strategy])
+        return str(caught.value)
+
+    (tmp_path / "my_module.py").write_text(MODULE)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    assert "There are no measured costs to plan with" in result_of(lambda: message("tspipe"))
+    assert "`lightning-tspipe plan` watches a pipeline, but the strategy is" in result_of(lambda: message("auto"))
 
 
 def test_the_script_is_declared() -> None:

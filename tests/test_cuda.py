@@ -6,17 +6,21 @@ The cases with the device "cpu" run everywhere: they show that these tests can p
 from __future__ import annotations
 
 import copy
+import csv
+import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
+from lightning_tspipe import PipelineMonitor, PipelineTrace, TeacherStudentModule, TSPipeStrategy
 from lightning_tspipe.comm import Comm
 from tests.multiproc import Fit, run_fits
 from tests.scripts.zygote import Zygote
@@ -86,7 +90,14 @@ def batches() -> DataLoader[Any]:
     return DataLoader(TensorDataset(data, data[:, :2].sin()), 8, pin_memory=GPUS > 0)
 
 
-def train(rank: int, out: Path, places: list[str], backend: str | None, unsynchronised: dict[str, Any] | None) -> None:
+def train(
+    rank: int,
+    out: Path,
+    places: list[str],
+    backend: str | None,
+    unsynchronised: dict[str, Any] | None,
+    watched: bool = False,
+) -> None:
     """What every rank runs; no place means the twin. Rank 0 writes the whole module's state.
 
     `unsynchronised` gives the arguments of the module with which a wait for the device is an error.
@@ -97,9 +108,12 @@ def train(rank: int, out: Path, places: list[str], backend: str | None, unsynchr
         devices = [torch.device(place) for place in places]
         strategy = TSPipeStrategy(microbatches=2, parallel_devices=devices, process_group_backend=backend)
         options = {}
+    callbacks: list[L.Callback] = [] if unsynchronised is None else [Unsynchronised()]
+    if watched:  # the monitor looks at the second epoch: the trace has the first
+        callbacks += [PipelineTrace(out / "trace", steps=6), PipelineMonitor(2)]
     trainer = L.Trainer(
-        strategy=strategy, max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[] if unsynchronised is None else [Unsynchronised()], **options,
+        strategy=strategy, max_epochs=2, logger=CSVLogger(out) if watched else False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, **options,
     )  # fmt: skip
     module = Pair() if unsynchronised is None else Normed(**unsynchronised)
     trainer.fit(module, batches())
@@ -114,10 +128,11 @@ def run(
     places: list[str],
     backend: str | None = None,
     unsynchronised: dict[str, Any] | None = None,
+    watched: bool = False,
 ) -> dict[str, Any]:
     folder.mkdir()
     ranks = max(1, len(places))
-    arguments = {"places": places, "backend": backend, "unsynchronised": unsynchronised}
+    arguments = {"places": places, "backend": backend, "unsynchronised": unsynchronised, "watched": watched}
     codes = zygote.run("tests.test_cuda:train", ranks, folder, deadline=90, **arguments)
     assert codes == [0] * ranks, "\n".join((folder / f"{rank}.txt").read_text() for rank in range(ranks))
     return dict(torch.load(folder / "state.pt"))
@@ -140,6 +155,25 @@ def test_ranks_that_share_a_device_equal_the_twin(zygote: Zygote, tmp_path: Path
 @pytest.mark.parametrize("device", [on("cuda", 2)])
 def test_nccl_equals_the_twin(zygote: Zygote, tmp_path: Path, device: str) -> None:
     assert_equal(run(zygote, tmp_path / "pipe", ["cuda:0", "cuda:1"], "nccl"), run(zygote, tmp_path / "twin", []))
+
+
+@pytest.mark.parametrize("device", [on("cpu"), on("cuda")])
+def test_what_watches_the_pipeline_times_the_device(zygote: Zygote, tmp_path: Path, device: str) -> None:
+    """On a GPU by events; every action takes some time there, and they do not overlap."""
+    place = "cuda:0" if device == "cuda" else device
+    run(zygote, tmp_path / "pipe", [place] * 2, "gloo", watched=True)
+    (file,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(file.open()))
+    assert rows
+    for row in rows:
+        assert 0 < float(row["PipelineMonitor/utilization"]) <= 1
+    trace = json.loads((tmp_path / "pipe" / "trace.json").read_text())["traceEvents"]
+    for rank in (0, 1):
+        mine = [e for e in trace if e["ph"] == "X" and (e["pid"], e["tid"]) == (0, rank) and e["cat"] != "bubble"]
+        assert {e["name"][0] for e in mine} == set("TFB")
+        assert all(event["dur"] > 0 for event in mine)
+        for before, after in pairwise(mine):
+            assert before["ts"] + before["dur"] <= after["ts"] + 1
 
 
 WAITS = [{"momentum": None}, {"loss_over": "microbatch"}, {"teacher_delay": 0}]

@@ -113,6 +113,8 @@ def plain_script(folder: Path) -> str:
     """The script that the README's diff begins with: the diff, taken back."""
     (folder / "distill.py").write_text(quick_start())
     (diff,) = blocks(README, "diff")
+    changed = [line[0] for line in diff.splitlines() if line[0] in "+-"][2:]
+    assert (changed.count("-"), changed.count("+")) == (9, 6), "the README says how many"
     (folder / "diff").write_text(diff.replace("--- plain.py", "--- distill.py"))
     subprocess.run(["git", "apply", "--reverse", "-p0", "--unidiff-zero", "diff"], cwd=folder, check=True)
     return (folder / "distill.py").read_text()

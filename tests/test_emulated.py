@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_tspipe.split import backward_inputs
 from tests.benchmarks import emulated
 from tests.benchmarks.emulated import EmulatedLayer
 
-FORWARD_S, BACKWARD_S = 10.0, 30.0
+FORWARD_S, INPUTS_S, WEIGHTS_S = 10.0, 30.0, 60.0
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def chain(num_stages: int) -> nn.Sequential:
-    return nn.Sequential(*[EmulatedLayer(8, FORWARD_S, BACKWARD_S) for _ in range(num_stages)])
+    return nn.Sequential(*[EmulatedLayer(8, FORWARD_S, INPUTS_S, WEIGHTS_S) for _ in range(num_stages)])
 
 
 def twin(layers: nn.Sequential) -> nn.Sequential:
@@ -41,29 +42,36 @@ def batch() -> Tensor:
 
 @pytest.mark.parametrize("num_stages", [1, 3])
 @pytest.mark.parametrize("input_asks", [False, True])
-def test_each_stage_waits_once_per_pass(waits: list[int], num_stages: int, input_asks: bool) -> None:
+def test_each_stage_waits_for_each_part_of_a_backward(waits: list[int], num_stages: int, input_asks: bool) -> None:
+    """What the first one does not do for its input it does for its weight."""
     loss = chain(num_stages)(batch().requires_grad_(input_asks)).square().mean()
     assert waits == [10] * num_stages
     waits.clear()
     loss.backward()
-    assert waits == [30] * num_stages
+    first = [30, 60] if input_asks else [90]
+    assert sorted(waits) == sorted([30, 60] * (num_stages - 1) + first)
 
 
-@pytest.mark.parametrize("wanted", [["input"], ["weight", "bias"], ["bias"], ["input", "weight", "bias"]])
-def test_any_gradient_costs_one_whole_backward(waits: list[int], wanted: list[str]) -> None:
-    layer, x = EmulatedLayer(8, FORWARD_S, BACKWARD_S), batch().requires_grad_()
+@pytest.mark.parametrize(("wanted", "expected"), [(["input"], [30]), (["weight", "bias"], [60]), (["bias"], [])])
+def test_a_gradient_costs_its_own_part(waits: list[int], wanted: list[str], expected: list[int]) -> None:
+    layer, x = EmulatedLayer(8, FORWARD_S, INPUTS_S, WEIGHTS_S), batch().requires_grad_()
     tensors = {"input": x, "weight": layer.weight, "bias": layer.bias}
     output = layer(x)
     waits.clear()
     torch.autograd.grad(output.sum(), [tensors[name] for name in wanted])
-    assert waits == [30]
+    assert waits == expected
 
 
-def test_microbatches_wait_one_by_one(waits: list[int]) -> None:
-    layers = chain(2)
-    for microbatch in batch().chunk(4):
-        layers(microbatch).sum().backward()
-    assert waits == [10, 10, 30, 30] * 4
+def test_a_split_backward_waits_in_both_parts(waits: list[int]) -> None:
+    layers, x = chain(2), batch().requires_grad_()
+    output = layers(x)
+    waits.clear()
+    rest = backward_inputs([output], [torch.ones_like(output)], [x])
+    assert waits == [30, 30]
+    assert all(layer.weight.grad is None for layer in layers)
+    waits.clear()
+    rest()
+    assert waits == [60, 60]
 
 
 def test_a_frozen_teacher_waits_forward_only(waits: list[int]) -> None:
@@ -89,7 +97,7 @@ def test_numbers_equal_plain_linear_layers(input_asks: bool) -> None:
 
 
 def test_a_pass_lasts_as_long_as_told() -> None:
-    layer = EmulatedLayer(8, forward_s=0.02, backward_s=0.04)
+    layer = EmulatedLayer(8, forward_s=0.02, inputs_s=0.01, weights_s=0.03)
     start = time.perf_counter()
     output = layer(batch())
     middle = time.perf_counter()
@@ -105,4 +113,4 @@ def test_zero_cost_does_not_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"slept for {seconds} s")
 
     monkeypatch.setattr(time, "sleep", sleep)
-    EmulatedLayer(8, 0.0, 0.0)(batch()).sum().backward()
+    EmulatedLayer(8, 0.0, 0.0, 0.0)(batch()).sum().backward()

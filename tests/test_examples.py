@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.scripts.zygote import ROOT
+from lightning_tspipe.cli import main
+from tests.scripts.zygote import ROOT, Zygote
 from tests.subprocesses import run_script
 
 
@@ -42,3 +46,51 @@ def test_byol_digits(tmp_path: Path, strategy: str) -> None:
     before, after = number("before", text), number("after", text)
     assert after > 0.84
     assert after > before + 0.03
+
+
+def run_example(rank: int, out: Path, name: str, options: list[str]) -> None:
+    """What every rank of an example runs."""
+    sys.argv = [name, *options]
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+
+
+def run_configs(rank: int, out: Path, files: list[str]) -> None:
+    """What every rank of the command line runs, from one file after another."""
+    os.chdir(ROOT / "examples")
+    for file in files:
+        main(["fit", "--config", file, "--trainer.fast_dev_run", "true", "--trainer.enable_model_summary", "false"])
+
+
+METHODS = [
+    ("feature_digits", "", {"student": 0.85}),
+    ("mean_teacher", "--epochs 6", {"accuracy": 0.62}),
+    ("moco_v3", "--epochs 8", {"after": 0.84}),
+    ("dino", "--epochs 4", {"after": 0.63}),
+]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("strategy", ["auto", "tspipe"])
+@pytest.mark.parametrize(("name", "options", "least"), METHODS, ids=[name for name, _, _ in METHODS])
+def test_methods(
+    zygote: Zygote, tmp_path: Path, name: str, options: str, least: dict[str, float], strategy: str
+) -> None:
+    ranks = 2 if strategy == "tspipe" else 1
+    arguments = {"name": name, "options": [*options.split(), "--strategy", strategy]}
+    codes = zygote.run("tests.test_examples:run_example", ranks, tmp_path, 110, **arguments)
+    text = (tmp_path / "0.txt").read_text()
+    assert codes == [0] * ranks, text
+    for label, value in least.items():
+        assert number(label, text) > value
+    if "before" in text:
+        assert number("after", text) > number("before", text) + 0.02
+
+
+def test_configs(zygote: Zygote, tmp_path: Path) -> None:
+    """Every file of settings takes a step by the command line."""
+    files = sorted(map(str, (ROOT / "examples/configs").glob("*.yaml")))
+    assert [Path(file).stem for file in files] == sorted(name for name, _, _ in METHODS)
+    codes = zygote.run("tests.test_examples:run_configs", 2, tmp_path, 110, files=files)
+    text = (tmp_path / "0.txt").read_text()
+    assert codes == [0, 0], text
+    assert text.count("`Trainer.fit` stopped: `max_steps=1` reached.") == len(files)

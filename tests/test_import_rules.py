@@ -19,13 +19,14 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 ORDER = (
     # stdlib only
     *("errors", "topology", "schedule", "clock", "simulate"),
-    *("greedy", "plain", "holes", "ahead", "orders", "placement"),
+    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "prospects", "perfetto"),
+    "picture",  # and Pillow, where it draws
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
     *("partition", "teacher", "plan", "split", "reach"),
     # one rank at work
-    *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "lossside", "checkpoint", "runtime", "replan"),
-    *("measure", "placing", "randomness"),
+    *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "scope", "lossside", "checkpoint"),
+    *("stopwatch", "runtime", "replan", "measure", "placing", "randomness"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
     *(
@@ -37,12 +38,16 @@ ORDER = (
         "sharded",
         "saving",
         "refuse",
+        "reporting",
         "strategy",
+        "monitor",
+        "tracing",
+        "commands",
         "cli",
         "__init__",
     ),
 )
-STDLIB_ONLY = {*ORDER[: ORDER.index("placement") + 1]}
+STDLIB_ONLY = {*ORDER[: ORDER.index("picture")]}
 KNOW_LIGHTNING = {
     *(
         "_lightning",
@@ -56,7 +61,7 @@ KNOW_LIGHTNING = {
         "arranging",
         "fitting",
     ),
-    *("files", "saving", "refuse", "strategy", "cli", "__init__"),
+    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "tracing", "commands", "cli", "__init__"),
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 

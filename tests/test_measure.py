@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
-from lightning_tspipe.measure import Meter
+from lightning_tspipe.balance import Chain, joint_cut
+from lightning_tspipe.measure import LayerCost, MessageCost, Meter, fastest
 from lightning_tspipe.partition import find_layers
 from lightning_tspipe.placement import Placement
-from lightning_tspipe.placing import check_same
+from lightning_tspipe.placing import chain_of, check_same
+from lightning_tspipe.schedule import Costs
 from tests.multiproc import Fit, run_fits
 from tests.scripts.small import loader, network
 from tests.scripts.zygote import Zygote
 
-LONG = 0.02  # seconds of a layer that waits: far more than any noise
+LONG = 0.01  # seconds of a layer that waits: far more than any noise
 
 
 class _Wait(torch.autograd.Function):
@@ -110,6 +112,19 @@ def test_weights_without_memory_are_measured() -> None:
     assert all(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
 
 
+def test_each_layers_fastest_pass_over_all_counts() -> None:
+    """With all that was measured in that pass, so that a backward's two parts stay of one."""
+    passes = iter([
+        ("first", [LayerCost(3.0, 1.0, 1.0), LayerCost(1.0, 0.0, 1.0)]),
+        ("second", [LayerCost(1.0, 2.0, 1.0), LayerCost(2.0, 0.0, 1.0)]),
+        ("third", [LayerCost(1.0, 1.0, 2.5), LayerCost(1.0, 0.5, 1.0)]),
+    ])  # fmt: skip
+    value, costs = fastest(lambda: next(passes))
+    assert value == "third"
+    assert costs == [LayerCost(1.0, 2.0, 1.0), LayerCost(1.0, 0.0, 1.0)]
+    assert next(passes, None) is None
+
+
 def test_passes_are_told_apart() -> None:
     """The wait of a backward belongs to the inputs; the first layer of all has none of them."""
     meter, layer = Meter(torch.device("cpu")), Slow()
@@ -121,6 +136,23 @@ def test_passes_are_told_apart() -> None:
     assert first.inputs == 0
     assert first.weights >= 3 * LONG
     assert first.rest >= 3 * LONG > first.first
+
+
+def test_a_forward_that_runs_again_moves_the_cut() -> None:
+    """Its seconds count twice; and of what is in flight only what goes in and out of a stage."""
+    passes = (8.0, 1.0, 1.0), (1.0, 2.0, 1.0), (1.0, 5.0, 5.0)
+    costs = [
+        LayerCost(*of, held=held, sent=3, parameters=4, trained=2, received=received)
+        for of, held, received in zip(passes, (8, 16, 32), (1, 2, 3), strict=True)
+    ]
+    kept = chain_of(costs, MessageCost(), 2)
+    assert (kept.seconds, kept.held, kept.passed) == ([10.0, 4.0, 11.0], [8, 16, 32], ())
+    again = chain_of(costs, MessageCost(), 2, recompute=True, keeps_inputs=True)
+    assert (again.seconds, again.held, again.passed) == ([18.0, 5.0, 12.0], [8, 16, 32], [1, 2, 3, 3])
+    assert again.weights == kept.weights == [4 + 3 * 2] * 3
+    assert chain_of(costs, MessageCost(), 2, recompute=True).passed == ()  # a split backward keeps all for W
+    teacher = Chain([0.0, 0.0])
+    assert [joint_cut(chain, teacher, 2)[0] for chain in (kept, again)] == [[2, 1], [1, 2]]
 
 
 # --- fits
@@ -168,7 +200,8 @@ def test_a_fit_is_cut_by_time(tmp_path: Path, momentum: float | None) -> None:
         return Uneven(momentum=momentum)
 
     options: dict[str, Any] = {"callbacks": [Shown(tmp_path)], "limit_train_batches": 2}
-    run_fits([Fit(make, loader, 2, 2, strategy={"balance": "auto"}, trainer=options)])
+    strategy = {"balance": "auto", "recompute": momentum is not None}
+    run_fits([Fit(make, loader, 2, 2, strategy=strategy, trainer=options)])
     ours, other = (Placement.load(tmp_path / f"{rank}.json") for rank in (0, 1))
     assert ours == other
     assert len(ours.student[0]) == 1
@@ -177,31 +210,71 @@ def test_a_fit_is_cut_by_time(tmp_path: Path, momentum: float | None) -> None:
     assert min(ours.f) >= LONG
     assert min(b + w for b, w in zip(ours.b, ours.w, strict=True)) >= 3 * LONG
     assert min(ours.messages) > 0
+    assert ours.recompute == (momentum is not None)
+    assert ours.passed == (64.0, 64.0)  # two rows of four numbers, in and out
     by_parameters = {"balance": "parameters"}
     run_fits([Fit(make, loader, 2, 2, strategy=by_parameters, trainer=options)])
     assert len(Placement.load(tmp_path / "0.json").student[0]) > 2
     assert not Placement.load(tmp_path / "0.json").t
 
 
-def give_back(rank: int, out: Path) -> None:
-    """Fit by a saved plan, in which all slow layers are on one rank, and the teacher has little to fill holes with."""
+def follow(rank: int, out: Path, plan: Placement, **options: Any) -> Any:
+    """Fit by a saved plan; the trainer and its strategy."""
     torch.set_num_threads(1)
-    names, ones = tuple("01234"), (1.0, 1.0)
-    plan = Placement((names[:4], names[4:]), (("0", "1", "2"), ("3",)), (0.1, 0.1), *[ones] * 4, weights=(0, 0))
-    replace(plan, held=(1, 1), first=ones, rest=ones).save(out / f"given{rank}.json")
-    strategy = TSPipeStrategy(microbatches=2, balance=str(out / f"given{rank}.json"))
+    plan.save(out / f"given{rank}.json")
+    strategy = TSPipeStrategy(microbatches=2, balance=str(out / f"given{rank}.json"), **options)
     trainer = L.Trainer(
         accelerator="cpu", devices=2, strategy=strategy, max_steps=2, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[Shown(out)],
     )  # fmt: skip
     trainer.fit(Uneven(), loader())
+    return trainer, strategy
+
+
+NAMES, ONES = tuple("01234"), (1.0, 1.0)
+GIVEN = Placement(
+    (NAMES[:4], NAMES[4:]), (("0", "1", "2"), ("3",)), ONES, (2.0, 3.0), ONES, ONES, ONES,
+    weights=(7.0, 7.0), held=(50.0, 50.0), passed=(5.0, 5.0),
+)  # fmt: skip
+
+
+def give_back(rank: int, out: Path) -> None:
+    """A plan in which all slow layers are on one rank.
+
+    There is room for two microbatches only if of one of them nothing but what goes in and out of the stage is there.
+    """
+    trainer, strategy = follow(rank, out, GIVEN, recompute=True, max_memory=67)
+    strategy._max_memory = 61
+    with pytest.raises(ValueError, match="A microbatch takes 5 bytes on rank 0, more than the 4"):
+        trainer.fit(Uneven(), loader())
+
+
+def give_back_parts(rank: int, out: Path) -> None:
+    """A plan that says that the two parts of a backward take no more than the whole, and little can fill holes."""
+    follow(rank, out, replace(GIVEN, t=(0.1, 0.1), f=ONES, first=ONES, rest=ONES))
 
 
 def test_a_saved_plan_is_followed(zygote: Zygote, tmp_path: Path) -> None:
     assert zygote.run("tests.test_measure:give_back", 2, tmp_path) == [0, 0]
     for rank in (0, 1):
-        assert Placement.load(tmp_path / f"{rank}.json").sizes == ([4, 1], [3, 1])
+        found = Placement.load(tmp_path / f"{rank}.json")
+        assert found.sizes == ([4, 1], [3, 1])
+        assert found.recompute  # of this run, not of the one that was measured
+        assert found.costs == Costs((1.0, 1.0), (2.0, 3.0), (1.0, 4.0), (3.0, 1.0))
+        assert found.busy == [1 + 2 + 2 + 1 + 1 + 1, 1 + 3 + 3 + 1 + 1 + 1]
+        header, _, row, _ = found.table().splitlines()
+        titles, cells = ([cell.strip() for cell in line.split("|")] for line in (header, row))
+        assert titles[3:] == ["T ms", "F ms", "F again ms", "I ms", "W ms", "messages ms", "sum ms", "weights MiB",
+                              "microbatch MiB", "recomputed MiB"]  # fmt: skip
+        assert cells[3:9] == ["1000.00", "2000.00", "2000.00", "1000.00", "1000.00", "1000.00"]
+
+
+def test_a_saved_plan_may_split_the_backward(zygote: Zygote, tmp_path: Path) -> None:
+    assert zygote.run("tests.test_measure:give_back_parts", 2, tmp_path) == [0, 0]
+    for rank in (0, 1):
         assert "I0 I1 W0 W1" in (tmp_path / f"{rank}.plan").read_text()
+    parts = replace(GIVEN, first=ONES, rest=(2.0, 2.0), recompute=True).costs
+    assert parts == Costs((1.0, 1.0), (2.0, 3.0), (0.0, 4.0), (4.0, 2.0), whole=(4.0, 5.0))
 
 
 def keep_number(rank: int, out: Path) -> None:

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
 from lightning_tspipe.memory import EMPTY, LENT, OWN, dropped, release, state_of, without_memory
 from lightning_tspipe.refuse import check_values
-from tests.scripts.small import loader, network, trainer, weights
+from tests.scripts.small import loader, trainer, weights
 from tests.scripts.zygote import Zygote
 
-WIDE = 1536  # of the networks whose memory is counted
-SLACK = 1.1  # times a rank's share
 FILE = "weights.pt"
 
 
@@ -94,29 +92,18 @@ class Distil(TeacherStudentModule):
 
 
 class Eyes(L.Callback):
-    """Notes what its rank holds: values when the training starts, bytes before the second update."""
+    """Notes what its rank holds when the training starts, and the losses."""
 
     def __init__(self) -> None:
         self.start: dict[str, Tensor] = {}
         self.losses: list[Tensor] = []
-        self.bytes = {"held": 0, "whole": 0}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         named = itertools.chain(pl_module.named_parameters(), pl_module.named_buffers())
-        self.bytes["set-up"] = peak()
         self.start = {name: tensor.detach().clone() for name, tensor in named if not tensor.is_meta}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         self.losses.append(outputs["loss"].detach().clone())
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        state = [value for part in optimizer.state.values() for value in part.values()]
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        tensors = [*pl_module.parameters(), *gradients, *state]
-        self.bytes["held"] = sum(tensor.untyped_storage().nbytes() for tensor in tensors if not tensor.is_meta)
-        student, teacher = (sum(p.nbytes for p in n.parameters()) for n in (pl_module.student, pl_module.teacher))
-        self.bytes["weights"] = student + teacher
-        self.bytes["whole"] = 4 * student + teacher  # weights, gradients, two moments
 
 
 def fit(
@@ -143,7 +130,6 @@ def fit(
     return {
         "start": eyes.start,
         "losses": eyes.losses,
-        "bytes": eyes.bytes,
         "whole": weights(module),
         "states": module.states,
     }
@@ -181,38 +167,6 @@ def trains(rank: int, out: Path, stages: int, file: str) -> None:
         with pytest.raises(MisconfigurationException) as caught:
             fit(stages, make)
         found[name] = str(caught.value)
-    torch.save(found, out / f"{rank}.pt")
-
-
-def peak() -> int:
-    """The most bytes that this process has held at once since `forget_peak`."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-def forget_peak() -> None:
-    """Let the peak be what is held now (https://man7.org/linux/man-pages/man5/proc_pid_clear_refs.5.html)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def holds(rank: int, out: Path, stages: int, file: str) -> None:
-    """One rank of networks of equal stages, built in both ways, after a small one: what is loaded once is loaded."""
-
-    def make(late: bool) -> Callable[[L.Trainer], Distil]:
-        def made(run: L.Trainer) -> Distil:
-            module = Distil(Path(file), lambda: network(*[WIDE] * (stages + 1)), late)
-            module.student_input = lambda batch: batch[0].repeat(1, WIDE // 4)  # type: ignore[method-assign]
-            return module
-
-        return made
-
-    fit(stages, lambda _: Distil(None, lambda: network(*[4] * (stages + 1)), late=True, momentum=0.5))
-    found = {}
-    for way in ("late", "eager"):
-        forget_peak()
-        before = peak()
-        found[way] = fit(stages, make(way == "late"))["bytes"]
-        found[way]["set-up"] -= before
     torch.save(found, out / f"{rank}.pt")
 
 
@@ -352,24 +306,3 @@ def test_a_module_of_a_failed_run_is_refused() -> None:
     release(module.student[2].weight)
     with pytest.raises(MisconfigurationException, match=r"'student.2.weight' is lost: .* Build the module anew"):
         check_values(module)
-
-
-@pytest.fixture(scope="module")
-def held(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What every one of four ranks counted."""
-    folder = tmp_path_factory.mktemp("memory")
-    torch.save({name: network(*[WIDE] * 5).state_dict() for name in ("student", "teacher")}, folder / FILE)
-    return ran(zygote, folder / "4", "holds", 4, file=str(folder / FILE))
-
-
-@pytest.mark.parametrize("way", ["eager", "late"])
-def test_a_rank_holds_a_quarter_of_weights_gradients_and_optimizer_state(held: list[Any], way: str) -> None:
-    for rank in held:
-        share = rank[way]["whole"] / 4
-        assert 0.99 * share <= rank[way]["held"] <= SLACK * share, rank
-
-
-def test_no_rank_ever_reads_the_whole_file(held: list[Any]) -> None:
-    """Its peak is its quarter twice: the pages of the file, and what it makes of them; less than one whole by far."""
-    for rank in held:
-        assert rank["late"]["set-up"] <= 0.75 * rank["late"]["weights"], rank

@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightly.loss import DINOLoss, NTXentLoss
+from lightly.models.modules.heads import DINOProjectionHead
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -78,6 +81,31 @@ class Contrastive(Exact):
         return -(x @ y.T).log_softmax(1).diagonal().mean()
 
 
+class Foreign(Exact):
+    """Losses and heads of lightly as they are: they gather, and reduce, over the world of `torch.distributed`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.student.append(DINOProjectionHead(2, 4, 3, 6))  # its weight_norm keeps a weight with its graph
+        self.teacher.append(DINOProjectionHead(2, 4, 3, 6))
+        self.contrast, self.center = NTXentLoss(gather_distributed=True), DINOLoss(6)
+        self.contrast.memory_bank.bank_ptr.zero_()  # lightly leaves it as it found the memory
+        self.double()
+
+    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> Any:
+        apart = [student_out, student_out.flip(1)], [teacher_out, teacher_out.flip(1)]
+        loss = self.contrast(student_out, teacher_out) + self.center(apart[1], apart[0])
+        if dist.is_initialized():
+            seen = [torch.empty(1) for _ in range(dist.get_world_size())]
+            dist.all_gather(seen, torch.full((1,), float(dist.get_rank())))
+            dist.barrier()
+            assert seen == list(range(self.trainer.strategy._topology.replicas)), seen
+        return loss
+
+    def on_before_backward(self, loss: Any) -> None:
+        assert not dist.is_initialized() or dist.get_world_size() == self.trainer.world_size
+
+
 class Normed(Exact):
     """Batch norms in both networks; the teacher's are in train mode."""
 
@@ -135,6 +163,16 @@ def test_replicas_equal_the_twin_at_the_global_batch(make: Any, options: dict[st
     for ranks in found:
         assert_equal(ranks, twin)
     assert not torch.equal(twin["grads"][0]["student.0.weight"], twin["grads"][1]["student.0.weight"])
+
+
+def test_a_third_party_loss_is_used_unchanged() -> None:
+    """What it takes for the world are the replicas, though only the last rank of each pipeline runs it."""
+    twin, found = fits(Foreign, [(1, 2, 2), (2, 2, 2), (2, 1, 1)], trainer={"max_epochs": 2})
+    for ranks in found:
+        assert_equal(ranks, twin)
+    assert twin["whole"]["center.center"].any()
+    ((seen, *_),) = run_fits([Fit(partial(Foreign, loss_over="microbatch"), lambda: batches(1, 2), 2, 3)])
+    assert seen["steps"] == twin["steps"] // 2
 
 
 def test_batch_norms_over_replicas() -> None:

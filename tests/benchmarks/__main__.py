@@ -1,6 +1,7 @@
 """Run the benchmarks, print ratios against the rivals of the same run, and fail when a goal is missed."""
 
 import argparse
+import itertools
 import json
 import operator
 import os
@@ -9,7 +10,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,16 @@ limit_threads()  # torch reads the limits when it is imported; and what is impor
 import lightning  # noqa: E402
 import torch  # noqa: E402
 
+from tests.benchmarks import suite  # noqa: E402
 from tests.benchmarks.balance import Cut, measure_balance  # noqa: E402
 from tests.benchmarks.measure import Measurement  # noqa: E402
+from tests.benchmarks.monitor import Cost, measure_monitor  # noqa: E402
 from tests.benchmarks.ours import measure_ours  # noqa: E402
 from tests.benchmarks.overhead import Overhead, measure_overhead  # noqa: E402
+from tests.benchmarks.pairs import PAIRS  # noqa: E402
 from tests.benchmarks.planning import Plan, measure_planning  # noqa: E402
-from tests.benchmarks.problem import Problem  # noqa: E402
 from tests.benchmarks.real import Contest, measure_real  # noqa: E402
-from tests.benchmarks.rivals import RIVALS, measure_rival  # noqa: E402
+from tests.benchmarks.rivals import WHOLE, measure_rival  # noqa: E402
 from tests.benchmarks.split import Split, measure_split  # noqa: E402
 
 
@@ -45,37 +49,44 @@ class Goal:
 
 
 GOALS = (
-    Goal("utilization at P=8 M=24", ">=", 0.95),
-    Goal("utilization at P=4 M=12", ">=", 0.95),
+    *(Goal(f"utilization at {case.problem.name}", ">=", case.goal) for case in suite.GOALS if case.goal is not None),
+    Goal("speed-up over serial at P=16 M=32 afab-split", ">=", 15),
     Goal("microseconds per action at P=2 M=24", "<=", 500),
     Goal("microseconds per action at P=4 M=24", "<=", 500),
-    Goal("throughput over DDP's", ">=", 0.95),
-    Goal("peak memory over DDP's", "<", 1.0),
+    *(Goal(f"throughput over DDP's, {pair}", ">=", 1.0) for pair in PAIRS),
+    *(Goal(f"peak memory over DDP's, {pair}", "<=", 0.75) for pair in PAIRS),
+    Goal("monitor's share of a step", "<=", 0.01),
     Goal("slowest rank over that of the best cut", "<=", 1.05),
     Goal("seconds for a plan of P=16 M=64", "<", 2.0),
 )
-PROBLEMS = (Problem(num_stages=4, num_microbatches=12, num_steps=8), Problem(8, 24, num_steps=8))
 
 Figures = dict[str, float]
 
 
-def emulated() -> tuple[list[Measurement], Figures]:
-    """Utilization with emulated stages: tspipe and every rival on each problem."""
-    measurements = []
-    for problem in PROBLEMS:
-        measurements.append(measure_ours(problem))
-        measurements += [measure_rival(contender, problem) for contender in RIVALS]
-    ours = {run.problem: run for run in measurements if run.contender == "tspipe"}
-    rows = [
-        f"{run.problem} | {run.contender} | {run.step_s:.3f} | {run.utilization:.3f} | "
-        f"{run.step_s / ours[run.problem].step_s:.2f} | {run.error:.0e}"
-        for run in measurements
-    ]
-    print_table("emulated stages | contender | s per step | utilization | step over tspipe's | error", rows)
-    return measurements, {f"utilization at {name}": run.utilization for name, run in ours.items()}
+def emulated(full: bool) -> tuple[list[Measurement], Figures]:
+    """Utilization with emulated stages: tspipe and its rivals on each problem."""
+    measurements, figures = [], {}
+    print_header("emulated stages | contender | s per step | utilization | step over tspipe's | error")
+    for case in suite.full() if full else suite.quick():
+        ours = measure_ours(case.problem)
+        figures[f"utilization at {ours.problem}"] = ours.utilization
+        for run in itertools.chain([ours], map(partial(_rival, case), case.rivals)):
+            measurements.append(run)
+            print_row(
+                f"{run.problem} | {run.contender} | {run.step_s:.3f} | {run.utilization:.3f} | "
+                f"{run.step_s / ours.step_s:.2f} | {run.error:.0e}"
+            )
+            if run.contender.startswith("serial"):
+                figures[f"speed-up over serial at {run.problem}"] = run.step_s / ours.step_s
+    return measurements, figures
 
 
-def overhead() -> tuple[list[Overhead], Figures]:
+def _rival(case: suite.Case, contender: str) -> Measurement:
+    num_steps = suite.NUM_STEPS_SERIAL if contender in WHOLE else case.problem.num_steps
+    return measure_rival(contender, replace(case.problem, num_steps=num_steps))
+
+
+def overhead(_: bool) -> tuple[list[Overhead], Figures]:
     """Cost of the runtimes with stages that take no time."""
     overheads = measure_overhead()
     ours = {run.problem: run for run in overheads if run.contender == "tspipe"}
@@ -88,25 +99,27 @@ def overhead() -> tuple[list[Overhead], Figures]:
     return overheads, {f"microseconds per action at {name}": run.us_per_action for name, run in ours.items()}
 
 
-def real() -> tuple[list[Contest], Figures]:
-    """Throughput and memory of real compute against DDP."""
-    contests = measure_real()
-    ddp, ours = contests
-    rows = [
-        f"{run.contender} | {run.step_s:.3f} | {run.samples_per_s:.1f} | {run.samples_per_s / ddp.samples_per_s:.2f} | "
-        f"{' and '.join(f'{peak:.0f}' for peak in run.peak_mib)} | {max(run.peak_mib) / min(ddp.peak_mib):.2f}"
-        for run in contests
-    ]
-    print_table(
-        "resnet50 to resnet18 | s per step | samples per s | over DDP's | peak MiB above idle | over DDP's", rows
-    )
-    return contests, {
-        "throughput over DDP's": ours.samples_per_s / ddp.samples_per_s,
-        "peak memory over DDP's": max(ours.peak_mib) / min(ddp.peak_mib),
-    }
+def real(full: bool) -> tuple[list[Contest], Figures]:
+    """Throughput and memory of real compute against DDP and other pipelines."""
+    contests: list[Contest] = []
+    figures = {}
+    print_header("pair | contender | s per step | samples per s | over DDP's | peak MiB above idle | over DDP's")
+    for run in measure_real(full):
+        contests.append(run)
+        base = next(other for other in contests if other.pair == run.pair)  # DDP is the first
+        throughput, memory = run.samples_per_s / base.samples_per_s, max(run.peak_mib) / min(base.peak_mib)
+        peaks = " and ".join(f"{peak:.0f}" for peak in run.peak_mib)
+        print_row(
+            f"{run.pair} | {run.contender} | {run.step_s:.3f} | {run.samples_per_s:.1f} | {throughput:.2f} | "
+            f"{peaks} | {memory:.2f}"
+        )
+        if run.contender == "tspipe":
+            figures[f"throughput over DDP's, {run.pair}"] = throughput
+            figures[f"peak memory over DDP's, {run.pair}"] = memory
+    return contests, figures
 
 
-def balance() -> tuple[list[Cut], Figures]:
+def balance(_: bool) -> tuple[list[Cut], Figures]:
     """The cuts that are chosen by measurement against the best ones."""
     cuts = measure_balance()
     rows = [
@@ -118,7 +131,7 @@ def balance() -> tuple[list[Cut], Figures]:
     return cuts, {"slowest rank over that of the best cut": max(cut.chosen_s / cut.best_s for cut in cuts)}
 
 
-def planning() -> tuple[list[Plan], Figures]:
+def planning(_: bool) -> tuple[list[Plan], Figures]:
     """The planner's time, and its plans against the bound."""
     plans = measure_planning()
     rows = [
@@ -132,7 +145,7 @@ def planning() -> tuple[list[Plan], Figures]:
     }
 
 
-def split() -> tuple[list[Split], Figures]:
+def split(_: bool) -> tuple[list[Split], Figures]:
     """A backward in two parts against the whole one."""
     splits = measure_split()
     rows = [
@@ -144,10 +157,19 @@ def split() -> tuple[list[Split], Figures]:
     return splits, {}
 
 
-BENCHMARKS: dict[str, Callable[[], tuple[Sequence[Any], Figures]]] = {
+def monitor(_: bool) -> tuple[list[Cost], Figures]:
+    """What watching costs."""
+    costs = measure_monitor()
+    rows = [f"{c.problem} | {1e3 * c.step_s:.2f} | {1e3 * c.more_s:.2f} | {100 * c.share:.2f}" for c in costs]
+    print_table("zero-cost stages | ms per step | ms that a look adds | % of 50 steps", rows)
+    return costs, {"monitor's share of a step": max(cost.share for cost in costs)}
+
+
+BENCHMARKS: dict[str, Callable[[bool], tuple[Sequence[Any], Figures]]] = {
     "emulated": emulated,
     "overhead": overhead,
     "balance": balance,
+    "monitor": monitor,
     "planning": planning,
     "split": split,
     "real": real,
@@ -156,8 +178,22 @@ BENCHMARKS: dict[str, Callable[[], tuple[Sequence[Any], Figures]]] = {
 
 def print_table(header: str, rows: list[str]) -> None:
     """Print a Markdown table; cells come separated by bars."""
-    rule = " | ".join(["---"] * (header.count("|") + 1))
-    print("", *[f"| {row} |" for row in (header, rule, *rows)], "", sep="\n", flush=True)
+    print_header(header)
+    for row in rows:
+        print_row(row)
+    print()
+
+
+def print_header(header: str) -> None:
+    """The first two lines of a table."""
+    print()
+    print_row(header)
+    print_row(" | ".join(["---"] * (header.count("|") + 1)))
+
+
+def print_row(row: str) -> None:
+    """A line of it, as soon as it is known."""
+    print(f"| {row} |", flush=True)
 
 
 def environment() -> dict[str, Any]:
@@ -176,6 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("json", nargs="?", type=Path, default=Path("bench.json"), help="file for all results")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="benchmarks to run")
+    parser.add_argument("--full", action="store_true", help="more problems and all rivals, which takes an hour")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are killed on the way out
 
@@ -183,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as tempfile.tempdir:  # Lightning leaves files behind, as does who is killed
         for name in options.only:
-            runs, measured = BENCHMARKS[name]()
+            runs, measured = BENCHMARKS[name](options.full)
             results[name] = [asdict(run) for run in runs]
             figures |= measured
 

@@ -2,36 +2,45 @@
 
 import itertools
 import logging
+import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18, resnet50, vit_b_16
 from typing_extensions import override
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
-from lightning_tspipe.measure import LayerCost, Meter
+from lightning_tspipe.board import World
+from lightning_tspipe.comm import Comm
+from lightning_tspipe.measure import LayerCost, MessageCost, Meter, fastest
 from lightning_tspipe.partition import Layers, find_layers
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.recording import tensors_of
+from lightning_tspipe.topology import Topology
 from tests.benchmarks.processes import run_forked
+from tests.ports import free_port
 
 ROWS, MICROBATCHES, IMAGE_SIZE = 16, 4, 64
 STAGES = (2, 3, 4)
 TEACHERS = {"resnet50": resnet50, "vit_b_16": vit_b_16}
 TIMEOUT_S = 300.0
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One pair of networks at one number of stages; seconds are of a microbatch on the slowest rank.
+    """One pair of networks at one number of stages; seconds are of a microbatch on the slowest rank, messages included.
 
     Attributes:
         teacher: The teacher, which a resnet18 learns from.
@@ -66,63 +75,107 @@ class Distillation(TeacherStudentModule):
 
 
 def measure_balance() -> list[Cut]:
-    """Every teacher at every number of stages; layers are measured before and after the fits, the faster one counts."""
+    """Every teacher at every number of stages.
+
+    Layers are measured by themselves, before and after the fits, and the faster one counts; messages as well. Nothing
+    that the fits have measured is used.
+    """
     cuts = []
+    message = run_forked(_message_cost, 2, free_port(), timeout_s=TIMEOUT_S)[0]
     for teacher in TEACHERS:
-        times = run_forked(_layer_times, 1, teacher, timeout_s=TIMEOUT_S)[0]
+        before = run_forked(_measure, 1, teacher, timeout_s=TIMEOUT_S)[0]
         chosen = {stages: run_forked(_fit, 1, teacher, stages, timeout_s=TIMEOUT_S)[0] for stages in STAGES}
-        again = run_forked(_layer_times, 1, teacher, timeout_s=TIMEOUT_S)[0]
-        student, of_teacher = (np.minimum(*pair) for pair in zip(times[:2], again[:2], strict=True))
+        after = run_forked(_measure, 1, teacher, timeout_s=TIMEOUT_S)[0]
+        again = run_forked(_message_cost, 2, free_port(), timeout_s=TIMEOUT_S)[0]
+        message = MessageCost(min(message.latency, again.latency), min(message.per_byte, again.per_byte))
+        student, of_teacher = (
+            Times(
+                np.minimum([cost.seconds for cost in first], [cost.seconds for cost in second]),
+                np.array([0, *(messages * message.seconds(cost.sent) for cost in first)]),
+            )
+            for first, second, messages in zip(before[:2], after[:2], (2, 1), strict=True)
+        )
         for stages in STAGES:
-            by_parameters = times[2][stages]
-            seconds = [slowest(student, of_teacher, sizes) for sizes in (chosen[stages], by_parameters)]
+            seconds = [slowest(student, of_teacher, sizes) for sizes in (chosen[stages], before[2][stages])]
             cuts.append(Cut(teacher, stages, *seconds, best(student, of_teacher, stages)))
     return cuts
 
 
-def slowest(student: np.ndarray, teacher: np.ndarray, sizes: tuple[list[int], list[int]]) -> float:
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one network: of its layers, and of the messages of a cut before each layer and after the last one."""
+
+    layers: np.ndarray
+    messages: np.ndarray
+
+    def stages(self, starts: Sequence[int]) -> np.ndarray:
+        """Seconds of each stage."""
+        edges = np.append(self.messages[list(starts)], 0.0)
+        return np.add.reduceat(self.layers, starts) + edges[:-1] + edges[1:]
+
+
+def slowest(student: Times, teacher: Times, sizes: tuple[list[int], list[int]]) -> float:
     """Seconds of the slowest rank."""
-    pairs = ((student, sizes[0]), (teacher, sizes[1]))
-    sums = [np.add.reduceat(times, np.cumsum([0, *of[:-1]])) for times, of in pairs]
-    return float(max(sums[0] + sums[1]))
+    pairs = zip((student, teacher), sizes, strict=True)
+    return float(sum(times.stages(np.cumsum([0, *of[:-1]])) for times, of in pairs).max())
 
 
-def best(student: np.ndarray, teacher: np.ndarray, stages: int) -> float:
+def best(student: Times, teacher: Times, stages: int) -> float:
     """Seconds of the slowest rank with the best of all pairs of cuts."""
     sums = []
     for times in (student, teacher):
-        starts = itertools.combinations(range(1, len(times)), stages - 1)
-        sums.append(np.array([np.add.reduceat(times, [0, *places]) for places in starts]))
+        starts = itertools.combinations(range(1, len(times.layers)), stages - 1)
+        sums.append(np.array([times.stages([0, *places]) for places in starts]))
     return float(min((sums[1] + row).max(axis=1).min() for row in sums[0]))
 
 
-def _layer_times(_: int, teacher: str) -> tuple[list[float], list[float], dict[int, Any]]:
-    """Seconds of every layer of student and teacher, and the cuts by parameters."""
+def _measure(_: int, teacher: str) -> tuple[list[LayerCost], list[LayerCost], dict[int, Any]]:
+    """What every layer of student and teacher costs, and the cuts by parameters."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     module = Distillation(teacher)
     module.train()
     layers = find_layers(module.student, module.teacher, 2, {}, None, lambda name: [torch.rand(2, *_SHAPE)])
-    seconds = [[cost.seconds for cost in _costs(layers, name)] for name in ("student", "teacher")]
-    return seconds[0], seconds[1], {stages: layers.by_parameters(stages) for stages in STAGES}
+    return (
+        _costs(layers, "student"),
+        _costs(layers, "teacher"),
+        {stages: layers.by_parameters(stages) for stages in STAGES},
+    )
 
 
 _SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def _costs(layers: Layers, name: str) -> list[LayerCost]:
-    meter, apart = Meter(torch.device("cpu")), layers.apart()
-    known, costs = tensors_of(layers.networks[name]), []
-    views: list[Any] = [torch.rand(ROWS // MICROBATCHES, *_SHAPE)]
-    for number, layer in enumerate(getattr(layers, name)):
-        run: nn.Module = apart.runs(name, number)[0].module
-        tensors = [known[key] for key in layer.state_names]
-        if name == "teacher":
-            views, cost = meter.teacher(run, tensors, views)
-        else:
-            views, cost = meter.student(run, tensors, views, number == 0)
-        costs.append(cost)
-    return costs
+    meter, apart = Meter(CPU), layers.apart()
+    known = tensors_of(layers.networks[name])
+
+    def once() -> tuple[None, list[LayerCost]]:
+        costs, views = [], [torch.rand(ROWS // MICROBATCHES, *_SHAPE)]
+        for number, layer in enumerate(getattr(layers, name)):
+            run: nn.Module = apart.runs(name, number)[0].module
+            tensors = [known[key] for key in layer.state_names]
+            if name == "teacher":
+                views, cost = meter.teacher(run, tensors, views)
+            else:
+                views, cost = meter.student(run, tensors, views, number == 0)
+            costs.append(cost)
+        return None, costs
+
+    return fastest(once)[1]
+
+
+def _message_cost(rank: int, port: int) -> MessageCost:
+    """What a message between two processes costs."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    topology, timeout = Topology(rank, 2, 2), timedelta(seconds=TIMEOUT_S)
+    comm = Comm(topology, CPU, "gloo", World(topology, timeout))
+    cost = Meter(CPU).message(comm)
+    comm.drain()
+    dist.barrier()
+    return cost
 
 
 class _Keep(L.Callback):

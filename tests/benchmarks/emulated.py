@@ -14,49 +14,44 @@ def wait_until(deadline: float) -> None:
         time.sleep(remaining)
 
 
-class _TimedLinear(torch.autograd.Function):
-    """A linear map that ends at ``start + cost``, in both directions.
-
-    One node holds all three gradients, and the weight always asks for its own: so the whole cost of a backward is paid,
-    once, also in stage 0, whose input asks for no gradient.
-    """
+class _Slow(torch.autograd.Function):
+    """The identity, whose backward lasts some seconds."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, forward_s: float, backward_s: float) -> Tensor:
-        start = time.perf_counter()
-        ctx.save_for_backward(input, weight)
-        ctx.backward_s = backward_s
-        output = nn.functional.linear(input, weight, bias)
-        wait_until(start + forward_s)
-        return output
+    def forward(ctx: Any, value: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        return value.view_as(value)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        start = time.perf_counter()
-        input, weight = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        grad_input = grad_output @ weight if needs_input else None
-        grad_weight = grad_output.T @ input if needs_weight else None
-        grad_bias = grad_output.sum(0) if needs_bias else None
-        wait_until(start + ctx.backward_s)
-        return grad_input, grad_weight, grad_bias, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        wait_until(time.perf_counter() + ctx.seconds)
+        return gradient, None
 
 
 class EmulatedLayer(nn.Linear):
     """A linear layer in float64 that stands for one stage's work on one microbatch.
 
+    The multiplication is torch's own node, which leads to a wait for the input and to one for the weight, so whoever
+    can split a backward splits this one. Where the input asks for no gradient, the weight's wait lasts as long as both:
+    else the first stage of all would have less work than the others.
+
     Args:
         width: Features in and out; the input has shape ``[rows, width]``.
         forward_s: Seconds that a forward lasts, the multiplication included.
-        backward_s: Seconds that a whole backward (inputs and weights) lasts.
+        inputs_s: Seconds that a backward for the input lasts.
+        weights_s: Seconds that a backward for the weight lasts.
     """
 
-    def __init__(self, width: int, forward_s: float = 0.02, backward_s: float = 0.04) -> None:
+    def __init__(self, width: int, forward_s: float = 0.02, inputs_s: float = 0.02, weights_s: float = 0.02) -> None:
         super().__init__(width, width, dtype=torch.float64)
-        self.forward_s, self.backward_s = forward_s, backward_s
+        self.forward_s, self.inputs_s, self.weights_s = forward_s, inputs_s, weights_s
         nn.init.orthogonal_(self.weight)  # a deep chain of them neither damps nor amplifies what passes through
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = _TimedLinear.apply(input, self.weight, self.bias, self.forward_s, self.backward_s)
+        end = time.perf_counter() + self.forward_s
+        extra = 0.0 if input.requires_grad else self.inputs_s
+        weight = _Slow.apply(self.weight, self.weights_s + extra)
+        output = nn.functional.linear(_Slow.apply(input, self.inputs_s), weight, self.bias)
+        wait_until(end)
         return output

@@ -1,19 +1,25 @@
 """This library on the emulated problem, through its public API alone."""
 
+import tempfile
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
+from lightning_tspipe.placement import Placement
 from tests.benchmarks.fit import timed_fit
 from tests.benchmarks.measure import Measurement
 from tests.benchmarks.problem import LEARNING_RATE, Problem
 from tests.benchmarks.processes import run_forked
 
+MESSAGE_S = 5e-4  # what the planner is told of a message
+
 
 class EmulatedPair(TeacherStudentModule):
-    """A frozen teacher and a student, one emulated layer of each per stage.
+    """A teacher and a student, one emulated layer of each per stage.
 
     Args:
         problem: What to train.
@@ -22,7 +28,13 @@ class EmulatedPair(TeacherStudentModule):
     student: nn.Sequential
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__()
+        followed = problem.momentum is not None
+        super().__init__(
+            momentum=problem.momentum,
+            teacher_delay=problem.delay if followed else None,
+            loss_over=problem.loss_over,
+            teacher_mode="eval",
+        )
         self.teacher, self.student = problem.networks()
 
     @override
@@ -37,14 +49,27 @@ class EmulatedPair(TeacherStudentModule):
 def measure_ours(problem: Problem) -> Measurement:
     """Train the problem with ``TSPipeStrategy`` on as many processes as it has stages."""
     [(step_s, error)] = run_forked(_train, 1, problem, timeout_s=problem.timeout_s)
-    return Measurement("tspipe", problem.name, step_s, problem.work_s / step_s, error)
+    return Measurement("tspipe", problem.name, step_s, problem.work_s / step_s if step_s else 0.0, error)
 
 
 def _train(_: int, problem: Problem) -> tuple[float, float]:
     """Drive one fit; seconds of a step, and the largest error of a parameter."""
     module = EmulatedPair(problem)
     loader = DataLoader(TensorDataset(problem.samples()), batch_size=problem.num_microbatches * problem.rows)
-    # the layers are equal, so a balance by parameters gives every stage one of each network
-    strategy = TSPipeStrategy(microbatches=problem.num_microbatches, balance="parameters", start_method="fork")
-    fit = timed_fit(module, loader, strategy, problem.num_stages, problem.num_steps)
-    return fit.step_s, problem.check(module.student)
+    with tempfile.TemporaryDirectory() as folder:
+        _plan(problem).save(path := Path(folder, "plan.json"))
+        strategy = TSPipeStrategy(
+            microbatches=problem.num_microbatches, balance=path, schedule=problem.order, start_method="fork"
+        )
+        fit = timed_fit(module, loader, strategy, problem.num_stages, problem.num_steps)
+    return fit.step_s, problem.check(enumerate(module.student))
+
+
+def _plan(problem: Problem) -> Placement:
+    """One layer of each network per stage, and the costs, which are known."""
+    names = tuple((str(stage),) for stage in range(problem.num_stages))
+    costs, nothing = problem.costs, (0.0,) * problem.num_stages
+    return Placement(
+        names, names, t=costs.t, f=costs.f, b=costs.b, w=costs.w, messages=nothing, message=MESSAGE_S,
+        weights=nothing, held=nothing,
+    )  # fmt: skip

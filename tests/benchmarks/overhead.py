@@ -31,7 +31,7 @@ class Overhead:
 
 def measure_overhead() -> list[Overhead]:
     """Ours and every rival on each number of stages."""
-    problems = [Problem(num, NUM_MICROBATCHES, NUM_STEPS, forward_s=0.0, backward_s=0.0) for num in NUM_STAGES]
+    problems = [Problem(num, NUM_MICROBATCHES, NUM_STEPS, 0.0, 0.0, 0.0, 0.0) for num in NUM_STAGES]
     measurements = []
     for problem in problems:
         measurements.append(measure_ours(problem))

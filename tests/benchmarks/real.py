@@ -1,30 +1,33 @@
-"""Real compute: resnet50 teaches resnet18 on two processes of one thread, against Lightning's DDP."""
+"""Real compute on two processes of one thread: this library, Lightning's DDP, and other pipelines."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models import ResNet, resnet18, resnet50  # type: ignore[import-untyped]
-from typing_extensions import override
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
+from lightning_tspipe.balance import Chain, joint_cut
 from tests.benchmarks.fit import Fit, peak_bytes, timed_fit
+from tests.benchmarks.measure import step_seconds
+from tests.benchmarks.pairs import NUM_CLASSES, PAIRS, Distillation
 from tests.benchmarks.processes import run_forked
+from tests.ports import free_port
 
 NUM_PROCESSES = 2
-NUM_STEPS = 10
+NUM_STEPS = 8
 NUM_ROUNDS = 2
 BATCH_SIZE = 64  # of the whole job; microbatches of 8 instead of 16 make these convolutions a third slower
 NUM_MICROBATCHES = 4
-IMAGE_SIZE = 64
-NUM_CLASSES = 100
 LEAST_STEP_S = 0.3
-TIMEOUT_S = 180.0
+TIMEOUT_S = 240.0
 
 
 @dataclass(frozen=True)
@@ -32,130 +35,175 @@ class Contest:
     """One contender's best round.
 
     Attributes:
+        pair: What was trained.
         contender: Who trained.
         step_s: Seconds of a steady step, in the faster round.
         samples_per_s: Samples of the whole job per second.
         peak_mib: Peak memory of every process above that of an idle one, the larger of the rounds.
     """
 
+    pair: str
     contender: str
     step_s: float
     samples_per_s: float
     peak_mib: list[float]
 
 
-class Distillation(TeacherStudentModule):
-    """resnet18 learns from the labels and from a frozen resnet50."""
-
-    teacher: nn.Sequential
-    student: nn.Sequential
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.teacher = flat(resnet50(num_classes=NUM_CLASSES))
-        self.student = flat(resnet18(num_classes=NUM_CLASSES))
-
-    @override
-    def loss(self, student_out: Tensor, teacher_out: Tensor, target: Tensor) -> Tensor:
-        distance = nn.functional.kl_div(
-            student_out.log_softmax(-1), teacher_out.log_softmax(-1), log_target=True, reduction="batchmean"
-        )
-        return distance + nn.functional.cross_entropy(student_out, target)
-
-    @override
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.student.parameters(), lr=0.01, momentum=0.9)
-
-
-def flat(network: ResNet) -> nn.Sequential:
-    """The network as a sequence of stem, residual blocks and head."""
-    stem = [network.conv1, network.bn1, network.relu, network.maxpool]
-    blocks = [*network.layer1, *network.layer2, *network.layer3, *network.layer4]
-    return nn.Sequential(*stem, *blocks, network.avgpool, nn.Flatten(), network.fc)
-
-
-def measure_real() -> list[Contest]:
-    """DDP and tspipe in turn, so that both see the same machine; tspipe's cuts follow measured layer times."""
+def measure_real(full: bool) -> Iterator[Contest]:
+    """All contenders in turn, so that they see the same machine; a short run has one pair and no other pipelines."""
     [idle] = run_forked(_idle, 1, timeout_s=TIMEOUT_S)
-    [balance] = run_forked(_balance, 1, timeout_s=TIMEOUT_S)
-    fits: dict[str, list[Fit]] = {"DDP": [], "tspipe": []}
-    for _ in range(NUM_ROUNDS):
-        fits["DDP"] += run_forked(_fit_ddp, 1, timeout_s=TIMEOUT_S)
-        fits["tspipe"] += run_forked(_fit_tspipe, 1, balance, timeout_s=TIMEOUT_S)
-    contests = [_contest(contender, rounds, idle) for contender, rounds in fits.items()]
-    if contests[0].step_s < LEAST_STEP_S:
-        raise RuntimeError(
-            f"DDP takes {contests[0].step_s:.2f} s per step, too little to compare; raise the batch size"
-        )
-    return contests
+    for pair in PAIRS if full else list(PAIRS)[:1]:
+        contenders: dict[str, Callable[[], Fit]] = {
+            "DDP": partial(_one, _fit_ddp, pair),
+            "tspipe": partial(_one, _fit_tspipe, pair),
+        }
+        if full:
+            sizes = run_forked(_sizes, 1, pair, timeout_s=TIMEOUT_S)[0]
+            contenders["serial model parallelism"] = partial(_pipeline, pair, sizes, 1)
+            contenders["1F1B, teacher fused"] = partial(_pipeline, pair, sizes, NUM_MICROBATCHES)
+        rounds: dict[str, list[Fit]] = {name: [] for name in contenders}
+        for _ in range(NUM_ROUNDS):
+            for name, run in contenders.items():
+                rounds[name].append(run())
+        mine = [_contest(pair, name, fits, idle) for name, fits in rounds.items()]
+        if mine[0].step_s < LEAST_STEP_S:
+            raise RuntimeError(f"DDP takes {mine[0].step_s:.2f} s per step of {pair}, too little to compare")
+        yield from mine
 
 
-def _contest(contender: str, rounds: list[Fit], idle: int) -> Contest:
+def _contest(pair: str, contender: str, rounds: list[Fit], idle: int) -> Contest:
     step_s = min(fit.step_s for fit in rounds)
     peaks = [max(ranks) for ranks in zip(*(fit.peak_bytes for fit in rounds), strict=True)]
-    return Contest(contender, step_s, BATCH_SIZE / step_s, [(peak - idle) / 2**20 for peak in peaks])
+    return Contest(pair, contender, step_s, BATCH_SIZE / step_s, [(peak - idle) / 2**20 for peak in peaks])
 
 
 def _idle(_: int) -> int:
     return peak_bytes()
 
 
-def _fit_ddp(_: int) -> Fit:
-    return _fit(DDPStrategy(start_method="fork"), BATCH_SIZE // NUM_PROCESSES)
+def _one(fit: Callable[[int, str], Fit], pair: str) -> Fit:
+    found: Fit = run_forked(fit, 1, pair, timeout_s=TIMEOUT_S)[0]
+    return found
 
 
-def _fit_tspipe(_: int, balance: dict[str, list[int]]) -> Fit:
-    strategy = TSPipeStrategy(microbatches=NUM_MICROBATCHES, balance=balance, start_method="fork")
-    return _fit(strategy, BATCH_SIZE)
+def _fit_ddp(_: int, pair: str) -> Fit:
+    return _fit(pair, DDPStrategy(start_method="fork"), BATCH_SIZE // NUM_PROCESSES)
 
 
-def _fit(strategy: Strategy, batch_size: int) -> Fit:
+def _fit_tspipe(_: int, pair: str) -> Fit:
+    return _fit(pair, TSPipeStrategy(microbatches=NUM_MICROBATCHES, start_method="fork"), BATCH_SIZE)
+
+
+def _fit(pair: str, strategy: Strategy, batch_size: int) -> Fit:
     """Train with batches of ``batch_size`` in every process that loads."""
     torch.manual_seed(0)
-    num_samples = NUM_STEPS * BATCH_SIZE
-    images = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE).expand(num_samples, -1, -1, -1)  # one image's memory
-    labels = torch.arange(num_samples) % NUM_CLASSES
-    loader = DataLoader(TensorDataset(images, labels), batch_size=batch_size)
-    return timed_fit(Distillation(), loader, strategy, NUM_PROCESSES, NUM_STEPS)
+    samples = NUM_STEPS * BATCH_SIZE
+    data = TensorDataset(PAIRS[pair].inputs(samples), torch.arange(samples) % NUM_CLASSES)
+    loader = DataLoader(data, batch_size=batch_size)
+    return timed_fit(PAIRS[pair].make(), loader, strategy, NUM_PROCESSES, NUM_STEPS)
 
 
-def _balance(_: int) -> dict[str, list[int]]:
-    """Layers per stage, such that both stages take as long: the student is halved, the teacher evens the rest out."""
-    pair = Distillation()
-    student = _layer_seconds(pair.student, _forward_and_backward)
-    with torch.no_grad():
-        teacher = _layer_seconds(pair.teacher.eval(), lambda layer, images: layer(images))
-    half = (sum(student) + sum(teacher)) / 2
-    student_cut = _cut(student, sum(student) / 2)
-    teacher_cut = _cut(teacher, half - sum(student[:student_cut]))
-    return {
-        "student": [student_cut, len(student) - student_cut],
-        "teacher": [teacher_cut, len(teacher) - teacher_cut],
-    }
+# --- other pipelines
 
 
-def _forward_and_backward(layer: nn.Module, images: Tensor) -> Tensor:
-    output: Tensor = layer(images.requires_grad_().clone())  # some layers write into their input
-    output.sum().backward()  # type: ignore[no-untyped-call]
-    return output
+class FusedStage(nn.Module):
+    """One stage of both networks; all views of the student travel, then all of the teacher.
+
+    Args:
+        student, teacher: This stage's layers.
+        first: Whether the inputs are the batch's, the same for both.
+        views: How many.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, first: bool, views: int) -> None:
+        super().__init__()
+        self.student, self.teacher, self.first, self.views = student, teacher, first, views
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        of_student, of_teacher = (values, values) if self.first else (values[: self.views], values[self.views :])
+        with torch.no_grad():
+            teachers = [self.teacher(value) for value in of_teacher]
+        return (*(self.student(value) for value in of_student), *teachers)
 
 
-def _layer_seconds(network: nn.Sequential, run: Callable[[nn.Module, Tensor], Tensor]) -> list[float]:
+def _inputs(module: TeacherStudentModule, batch: Tensor) -> list[Tensor]:
+    views = module.student_input((batch,))
+    return list(views) if isinstance(views, list) else [views]
+
+
+def _pipeline(pair: str, sizes: tuple[int, int], num_microbatches: int) -> Fit:
+    args = pair, sizes, num_microbatches, free_port()
+    ranks = run_forked(_train, NUM_PROCESSES, *args, timeout_s=TIMEOUT_S)
+    return Fit(step_seconds([ends for ends, _ in ranks]), [peak for _, peak in ranks])
+
+
+def _train(rank: int, pair: str, sizes: tuple[int, int], num_microbatches: int, port: int) -> tuple[list[float], int]:
+    """When each step ended, and the peak memory."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=NUM_PROCESSES)
+    module: Any = PAIRS[pair].make()
+    module.train()
+    slices = [slice(None, size) if rank == 0 else slice(size, None) for size in sizes]
+    student, teacher = module.student[slices[0]], module.teacher[slices[1]]
+    del module.student, module.teacher  # what other ranks have is let go of
+    inputs, labels = PAIRS[pair].inputs(BATCH_SIZE), torch.arange(BATCH_SIZE) % NUM_CLASSES
+    views = _inputs(module, inputs)
+
+    def loss(outputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
+        halves = [list(outputs[: len(views)]), list(outputs[len(views) :])]
+        found: Tensor = module.loss(*(half if len(views) > 1 else half[0] for half in halves), target)
+        return found
+
+    stage = PipelineStage(FusedStage(student, teacher, rank == 0, len(views)), rank, NUM_PROCESSES, torch.device("cpu"))
+    schedule: Any = (ScheduleGPipe if num_microbatches == 1 else Schedule1F1B)(stage, num_microbatches, loss_fn=loss)
+    module.student = student
+    own = module.configure_optimizers()
+    ends = []
+    for _ in range(NUM_STEPS):
+        own.zero_grad()
+        schedule.step(*(views if rank == 0 else ()), target=labels if rank else None, return_outputs=False)
+        own.step()
+        if module.momentum is not None:
+            with torch.no_grad():
+                for mine, its in zip(teacher.parameters(), student.parameters(), strict=False):
+                    mine.lerp_(its, 1 - module.momentum)
+        ends.append(time.perf_counter())
+    dist.barrier()
+    dist.destroy_process_group()
+    return ends, peak_bytes()
+
+
+def _sizes(_: int, pair: str) -> tuple[int, int]:
+    """How many layers of student and teacher the first stage gets, such that both take as long."""
+    torch.set_num_threads(1)
+    module: Any = PAIRS[pair].make()
+    views = len(_inputs(module, PAIRS[pair].inputs(2)))
+    value = PAIRS[pair].inputs(BATCH_SIZE // NUM_MICROBATCHES)
+    student = _layer_seconds(module.student, value, True)
+    teacher = _layer_seconds(module.teacher, value, False)
+    if isinstance(module, Distillation):
+        sizes = joint_cut(Chain(student), Chain(teacher), 2)
+        return sizes[0][0], sizes[1][0]
+    both = [a + b for a, b in zip(student, [*teacher, 0.0], strict=True)]
+    (size, _), _ = joint_cut(Chain([views * seconds for seconds in both]), Chain([0.0, 0.0]), 2)
+    return size, size
+
+
+def _layer_seconds(network: nn.Sequential, value: Tensor, backward: bool) -> list[float]:
     """Seconds of each layer on one microbatch, the fastest of a few tries."""
-    images = torch.randn(BATCH_SIZE // NUM_MICROBATCHES, 3, IMAGE_SIZE, IMAGE_SIZE)
     seconds = []
     for layer in network:
         tries = []
         for _ in range(4):
+            x = value.detach().clone()
+            x = x.requires_grad_() if backward and x.is_floating_point() else x
             start = time.perf_counter()
-            output = run(layer, images.detach().clone())
+            with torch.set_grad_enabled(backward):
+                output = layer(x.clone())  # some layers write into their input
+                if output.requires_grad:
+                    output.sum().backward()
             tries.append(time.perf_counter() - start)
         seconds.append(min(tries))
-        images = output
+        value = output.detach()
     return seconds
-
-
-def _cut(seconds: list[float], goal: float) -> int:
-    """How many of the first layers come closest to ``goal`` seconds, with at least one left on either side."""
-    sums = list(accumulate(seconds))[:-1]
-    return 1 + min(range(len(sums)), key=lambda index: abs(sums[index] - goal))

@@ -212,6 +212,51 @@ class FickleTeacher(Small):
         self.teacher = copy.deepcopy(self.student).append(Fickle())
 
 
+class Normalized(nn.Module):
+    """A batch norm that is not at the top, in a network that is no Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Any) -> Any:
+        x = self.first(x)
+        return self.last(x + self.inner(x))
+
+
+class OneRowMeasured(Small):
+    """Batches of four rows in four microbatches."""
+
+    def __init__(self) -> None:
+        super().__init__(momentum=0.9)
+        inner = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        self.student = nn.Sequential(nn.Linear(4, 4), inner, nn.Linear(8, 2))
+        self.teacher = copy.deepcopy(self.student)
+
+
+class OneRow(Small):
+    """The cuts are given, so that nothing is measured or followed."""
+
+    def __init__(self) -> None:
+        super().__init__(momentum=0.9)
+        self.student = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Normalized(), nn.Tanh()), nn.Linear(2, 2))
+        self.teacher = copy.deepcopy(self.student)
+
+
+class OneRowFollowed(Small):
+    """Nothing has memory, as far as it is another rank's."""
+
+    def __init__(self) -> None:
+        super().__init__(momentum=0.9)
+        del self.student, self.teacher
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "student"):
+            self.student = Normalized()
+            self.teacher = copy.deepcopy(self.student)
+
+
 class TrainsTeacher(Small):
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -261,6 +306,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "WrongCuts": {"balance": [1, 1]},
     "OrderOfMicrobatches": {"schedule": "1f1b"},
     "SmallBatch": {"microbatches": 5},
+    "OneRowMeasured": {"microbatches": 4},
+    "OneRow": {"microbatches": 4, "balance": {"student": [1, 3]}},
+    "OneRowFollowed": {"microbatches": 4, "balance": "parameters"},
 }
 
 

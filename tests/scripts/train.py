@@ -13,10 +13,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_tspipe import TSPipeStrategy
+from lightning_tspipe import PipelineMonitor, TSPipeStrategy
 from tests.scripts.small import Small, trainer
 
 STEPS_BEFORE = 3
@@ -95,6 +96,7 @@ def run(
     devices: int = 3,
     start_method: Any = "popen",
     stages: Any = "auto",
+    monitored: bool = False,
 ) -> None:
     """One rank, or the whole script; the victims send themselves that signal after the delay."""
     global FAULT  # noqa: PLW0603  the loader's and the model's code sees it in every process
@@ -105,7 +107,8 @@ def run(
     if fault.startswith("forward:"):  # the broken layer adds one to its stage
         balance = {"student": [1 + (stage == int(fault[-1])) for stage in range(3)], "teacher": [1, 1, 1]}
     strategy = TSPipeStrategy(stages, microbatches=2, balance=balance, start_method=start_method)
-    fit = trainer(devices, strategy, callbacks=[Marker(list(victims), number, delay)])
+    callbacks: list[L.Callback] = [Marker(list(victims), number, delay), *([PipelineMonitor(1)] * monitored)]
+    fit = trainer(devices, strategy, callbacks=callbacks, logger=CSVLogger(out) if monitored else False)
     fit.fit(Model(), DataLoader(Endless(), 4))
 
 

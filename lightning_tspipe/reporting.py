@@ -1,0 +1,55 @@
+"""What the strategy tells callbacks of the pipeline that runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from lightning_tspipe.partition import Balance
+from lightning_tspipe.placement import Placement
+from lightning_tspipe.runtime import Runtime
+from lightning_tspipe.saving import CheckpointStrategy
+from lightning_tspipe.schedule import Costs, Schedule
+
+
+class ReportingStrategy(CheckpointStrategy):
+    """Shows placement, plan, costs and the runtime."""
+
+    placement: Placement | None = None  # which rank has which layers, and what they cost
+    _microbatches: int | Literal["auto"] = "auto"
+    _balance: Balance | Placement = "auto"
+
+    @property
+    def runtime(self) -> Runtime | None:
+        """What runs the steps of this rank; None outside of a fit."""
+        return None if self._fitting is None else self._fitting.runtime
+
+    @property
+    def plan(self) -> Schedule | None:
+        """The schedule of the last step; None outside of a fit."""
+        return None if self.runtime is None else self.runtime.current
+
+    @property
+    def costs(self) -> Costs | None:
+        """The costs that the schedule was made for; None outside of a fit."""
+        return None if self.runtime is None else self.runtime.costs
+
+    @property
+    def predicted_costs(self) -> Costs | None:
+        """Measured seconds of a microbatch as large as they are; None where nothing was measured.
+
+        If their number was found from the measurement, that was made with microbatches of another size.
+        """
+        if self.placement is None or self.placement.costs is None or self.placement.microbatches is None:
+            return None
+        costs, scale = self.placement.costs, 1.0
+        if self._microbatches == "auto" and self._balance == "auto":
+            scale = 3 * (len(costs.t) - 1) / self.placement.microbatches
+        columns = (costs.t, costs.f, costs.b, costs.w, costs.whole)
+        t, f, b, w, whole = (tuple(scale * cost for cost in column) for column in columns)
+        return replace(costs, t=t, f=f, b=b, w=w, whole=whole)
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """Seconds that this rank has spent in T, F and B since the fit began."""
+        return {} if self.runtime is None else dict(self.runtime.busy)

@@ -1,0 +1,225 @@
+"""How long a step of other ways to run the same stages takes, in the same simulation for all of them.
+
+The rivals are pipelines of the student with the teacher in the stages' forwards ("fused") or wholly before. With two
+chunks per rank the stages are cut in halves; chunk c of rank k is stage k + cP (interleaved), or 2P-1-k for c = 1 (V)::
+
+    interleaved  rank 0: stages 0, 2    rank 1: stages 1, 3
+    V            rank 0: stages 0, 3    rank 1: stages 1, 2
+
+Orders: Huang et al., "GPipe", https://arxiv.org/abs/1811.06965; Narayanan et al., "Megatron-LM" (1F1B and interleaved),
+https://arxiv.org/abs/2104.04473; Qi et al., "Zero Bubble" (ZB1P, ZBV), https://arxiv.org/abs/2401.10241.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from lightning_tspipe.schedule import Costs
+
+Op = tuple[str, int, int]  # T, F, B, I or W; stage; microbatch
+Rows = list[list[Op]]
+STEPS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What is where.
+
+    Args:
+        ranks: per stage, where it is.
+        costs: per stage.
+    """
+
+    ranks: tuple[int, ...]
+    costs: Costs
+
+    @property
+    def last(self) -> int:
+        """The stage with the loss."""
+        return len(self.ranks) - 1
+
+    def needs(self, op: Op) -> Op | None:
+        """What must have run before, of another stage or on this one."""
+        kind, stage, q = op
+        if kind in "TF":
+            return (kind, stage - 1, q) if stage else None
+        if kind == "W":
+            return "I", stage, q
+        return (kind, stage + 1, q) if stage < self.last else ("F", stage, q)
+
+    def seconds(self, op: Op) -> float:
+        """How long it takes."""
+        return self.costs.seconds(op[0], op[1])  # type: ignore[arg-type]
+
+    def arrives(self, op: Op, end: float, at: int) -> float:
+        """When the result of what ended is on another stage's rank."""
+        return end + (self.costs.message if self.ranks[op[1]] != self.ranks[at] else 0.0)
+
+
+def period(rows: Rows, stages: Stages) -> float:
+    """Seconds of a steady step, if each rank keeps its order and waits only for its messages."""
+    done: dict[tuple[int, Op], float] = {}
+    free, places = [0.0] * len(rows), [0] * len(rows)
+    ends: list[list[float]] = [[] for _ in rows]
+    moved = True
+    while moved:
+        moved = False
+        for rank, row in enumerate(rows):
+            while len(ends[rank]) < STEPS:
+                step, op = len(ends[rank]), row[places[rank]]
+                need = stages.needs(op)
+                if need is not None and (step, need) not in done:
+                    break
+                ready = 0.0 if need is None else stages.arrives(need, done[step, need], op[1])
+                free[rank] = done[step, op] = max(free[rank], ready) + stages.seconds(op)
+                places[rank] = (places[rank] + 1) % len(row)
+                if not places[rank]:
+                    free[rank] += stages.costs.optimizer
+                    ends[rank].append(free[rank])
+                moved = True
+    assert all(len(each) == STEPS for each in ends), "the ranks wait for each other"
+    return max(each[STEPS - 1] - each[1] for each in ends) / (STEPS - 2)
+
+
+def gpipe(stages: int, microbatches: int) -> Rows:
+    """All forwards, then all backwards."""
+    return [[(kind, k, q) for kind in "FB" for q in range(microbatches)] for k in range(stages)]
+
+
+def one_forward_one_backward(stages: int, microbatches: int, split: bool = False) -> Rows:
+    """1F1B, or with the backward split ZB1P: as many weights are pending as keep the memory of 1F1B."""
+    rows: Rows = []
+    for k in range(stages):
+        warm = min(microbatches, stages - k)
+        row: list[Op] = [("F", k, q) for q in range(warm)]
+        for q in range(microbatches):
+            row.append(("I" if split else "B", k, q))
+            row += [("W", k, q - k)] * (split and q >= k)
+            row += [("F", k, warm + q)] * (warm + q < microbatches)
+        rows.append(row + [("W", k, q) for q in range(max(0, microbatches - k), microbatches)] * split)
+    return rows
+
+
+def teacher_first(rows: Rows, microbatches: int) -> Rows:
+    """A pass of the teacher's own before."""
+    return [[("T", k, q) for q in range(microbatches)] + row for k, row in enumerate(rows)]
+
+
+def interleaved(stages: int, microbatches: int) -> Rows:
+    """1F1B with two chunks per rank; the microbatches are a multiple of the stages."""
+    count = 2 * microbatches
+
+    def op(kind: str, rank: int, number: int) -> Op:
+        group, place = divmod(number, 2 * stages)
+        chunk = place // stages
+        chunk = 1 - chunk if kind == "B" else chunk
+        return kind, rank + chunk * stages, group * stages + place % stages
+
+    rows: Rows = []
+    for rank in range(stages):
+        warm = min(count, 2 * (stages - rank - 1) + stages)
+        row = [op("F", rank, number) for number in range(warm)]
+        for number in range(count):
+            row += [op("F", rank, warm + number)] * (warm + number < count)
+            row.append(op("B", rank, number))
+        rows.append(row)
+    return rows
+
+
+def v_shaped(microbatches: int, stages: Stages) -> Rows:
+    """ZBV, approximately: a rank runs the most urgent work that is ready, in the memory of 1F1B.
+
+    The gradient first, then the forward of the second chunk, of the first, and weights where nothing else can run.
+    """
+    ranks = max(stages.ranks) + 1
+    rows: Rows = [[] for _ in range(ranks)]
+    waiting = [{(kind, k, q) for kind in "FIW" for k in (rank, 2 * ranks - 1 - rank) for q in range(microbatches)}
+               for rank in range(ranks)]  # fmt: skip
+    done: dict[Op, float] = {}
+    free, held = [0.0] * ranks, [0] * ranks
+
+    def starts(op: Op, rank: int) -> float:
+        need = stages.needs(op)
+        if op[0] == "F" and op[1] < ranks and held[rank] >= 2 * ranks:
+            return math.inf
+        if need is not None and need not in done:
+            return math.inf
+        return max(free[rank], 0.0 if need is None else stages.arrives(need, done[need], op[1]))
+
+    def urgency(op: Op) -> tuple[int, int, int]:
+        return "IFW".index(op[0]), -op[1] if op[0] == "F" else 0, op[2]
+
+    while any(waiting):
+        best = min(
+            (starts(op, rank), rank, urgency(op), op) for rank in range(ranks) for op in _next(waiting[rank])
+        )  # the earliest, and there the most urgent
+        start, rank, _, op = best
+        assert start < math.inf, "the ranks wait for each other"
+        free[rank] = done[op] = start + stages.seconds(op)
+        held[rank] += (op[0] == "F") - (op[0] == "W")
+        waiting[rank].remove(op)
+        rows[rank].append(op)
+    return rows
+
+
+def _next(waiting: set[Op]) -> list[Op]:
+    """Of each kind and stage the next microbatch."""
+    first: dict[tuple[str, int], Op] = {}
+    for op in waiting:
+        key = op[:2]
+        if key not in first or op[2] < first[key][2]:
+            first[key] = op
+    return list(first.values())
+
+
+def fused(costs: Costs) -> Costs:
+    """The teacher within the student's forward."""
+    forward = tuple(t + f for t, f in zip(costs.t, costs.f, strict=True))
+    return replace(costs, t=(0.0,) * len(forward), f=forward)
+
+
+def halves(costs: Costs, ranks: Sequence[int]) -> Stages:
+    """Two chunks per rank, each with half of its costs."""
+    columns = ([getattr(costs, name)[rank] / 2 for rank in ranks] for name in "tfbw")
+    t, f, b, w = map(tuple, columns)
+    return Stages(tuple(ranks), replace(costs, t=t, f=f, b=b, w=w))
+
+
+def serial(costs: Costs, microbatches: int) -> float:
+    """Seconds of a step if one rank works at a time: naive model parallelism."""
+    stages = len(costs.t)
+    work = sum(costs.work(stage, microbatches) - costs.optimizer for stage in range(stages))
+    return work + 3 * (stages - 1) * costs.message + costs.optimizer
+
+
+def streaming(costs: Costs, microbatches: int) -> float:
+    """Seconds of a step if the passes T, F and B of the whole batch stream through the ranks."""
+    whole = {name: tuple(microbatches * cost for cost in getattr(costs, name)) for name in "tfbw"}
+    stages = len(costs.t)
+    rows: Rows = [[(kind, k, 0) for kind in "TFB"] for k in range(stages)]
+    return period(rows, Stages(tuple(range(stages)), replace(costs, **whole)))  # type: ignore[arg-type]
+
+
+def periods(costs: Costs, microbatches: int) -> dict[str, float]:
+    """Seconds of a step of every rival; the interleaved one only where it exists."""
+    count = len(costs.t)
+    plain, both = Stages(tuple(range(count)), costs), Stages(tuple(range(count)), fused(costs))
+    gp, f1b1 = gpipe(count, microbatches), one_forward_one_backward(count, microbatches)
+    lazily: dict[str, Callable[[], float]] = {
+        "serial model parallelism": lambda: serial(costs, microbatches),
+        "passes streamed": lambda: streaming(costs, microbatches),
+        "GPipe, teacher first": lambda: period(teacher_first(gp, microbatches), plain),
+        "1F1B, teacher first": lambda: period(teacher_first(f1b1, microbatches), plain),
+        "GPipe, teacher fused": lambda: period(gp, both),
+        "1F1B, teacher fused": lambda: period(f1b1, both),
+        "ZB1P, teacher fused": lambda: period(one_forward_one_backward(count, microbatches, True), both),
+    }
+    if count > 1:
+        around = halves(both.costs, [*range(count), *range(count)])
+        if microbatches % count == 0:
+            lazily["interleaved 1F1B, teacher fused"] = lambda: period(interleaved(count, microbatches), around)
+        vee = halves(both.costs, [*range(count), *reversed(range(count))])
+        lazily["ZBV, teacher fused"] = lambda: period(v_shaped(microbatches, vee), vee)
+    return {name: seconds() for name, seconds in lazily.items()}

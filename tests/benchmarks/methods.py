@@ -1,0 +1,124 @@
+"""Trains every method of `examples/` in several ways, and prints the table of docs/methods.md: make methods.
+
+    python -m tests.benchmarks.methods [--only NAME ...] [--seeds N] [--folder FOLDER]
+
+Each run leaves a JSON file in the folder, and is not made again while that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.scripts.zygote import ROOT, Zygote
+
+TARGET = "tests.test_examples:run_example"
+SINGLE = ("single device", "--strategy auto")
+FROZEN = [SINGLE, *((f"tspipe, M={m}", f"--microbatches {m}") for m in (2, 4, 8))]
+MOVING = [
+    SINGLE,
+    ("tspipe, delay 0, M=2", "--delay 0 --microbatches 2"),
+    *((f"tspipe, delay 1, M={m}", f"--delay 1 --microbatches {m}") for m in (2, 4, 8)),
+]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An example, what to ask of it, and the ways to train it.
+
+    Args:
+        name: of the file.
+        options: of every run.
+        label: what the accuracy comes after in the output.
+        ways: names and options.
+    """
+
+    name: str
+    options: str
+    label: str
+    ways: list[tuple[str, str]]
+
+
+METHODS = [
+    Method("feature_digits", "--epochs 10", "student", FROZEN),
+    Method("moco_v3", "--epochs 12", "after", MOVING),
+    Method("mean_teacher", "--epochs 10", "accuracy", MOVING),
+    Method("dino", "--epochs 6", "after", MOVING),
+    Method("feature_digits", "--epochs 10 --hint 0 --attention 0", "student", [SINGLE]),
+    Method("mean_teacher", "--epochs 10 --weight 0", "accuracy", [SINGLE]),
+    Method("feature_digits", "--epochs 10 --precision 64-true", "student", FROZEN),
+    *(
+        Method("moco_v3", f"--epochs 12 --momentum {m}", "after", [SINGLE, *MOVING[1:3]])
+        for m in ("0.9", "0.99", "0.996")
+    ),
+]
+
+
+def runs(methods: list[Method], seeds: int) -> Iterator[tuple[Method, str, list[str], int]]:
+    for method in methods:
+        for way, options in method.ways:
+            for seed in range(seeds):
+                yield method, way, [*method.options.split(), *options.split(), "--seed", str(seed)], seed
+
+
+def file_of(folder: Path, method: Method, options: list[str]) -> Path:
+    return folder / f"{'_'.join([method.name, *options]).replace('--', '').replace(' ', '_')}.json"
+
+
+def run(zygote: Zygote, folder: Path, method: Method, options: list[str]) -> dict[str, object]:
+    """Train once, in a folder of its own."""
+    out, start = folder / "output", time.monotonic()
+    out.mkdir(exist_ok=True, parents=True)
+    arguments = {"name": method.name, "options": options}
+    codes = zygote.run(TARGET, 1 if "auto" in options else 2, out, deadline=900, **arguments)
+    text = (out / "0.txt").read_text()
+    if any(codes):
+        raise SystemExit(f"{method.name} {options} failed:\n{text}")
+    found = re.search(rf"{method.label} (\d\.\d+)", text)
+    assert found, text
+    command = " ".join(["python", f"examples/{method.name}.py", *options])
+    return {"accuracy": float(found[1]), "seconds": time.monotonic() - start, "command": command}
+
+
+def table(folder: Path, seeds: int) -> str:
+    """A row for each way of each method that was run with all seeds."""
+    lines = [f"| method | way | mean of {seeds} seeds | least to most |", "|---|---|---|---|"]
+    for method in METHODS:
+        for way, _ in method.ways:
+            files = [file_of(folder, method, options) for m, w, options, _ in runs([method], seeds) if w == way]
+            if all(file.exists() for file in files):
+                found = [json.loads(file.read_text())["accuracy"] for file in files]
+                spread = f"{min(found):.3f} to {max(found):.3f}"
+                lines.append(f"| `{method.name} {method.options}` | {way} | {statistics.mean(found):.3f} | {spread} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=sorted({method.name for method in METHODS}))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=ROOT / "build/methods")
+    options = parser.parse_args()
+    todo = list(runs([method for method in METHODS if method.name in options.only], options.seeds))
+    zygote = Zygote()
+    try:
+        for number, (method, way, arguments, seed) in enumerate(todo, 1):
+            file = file_of(options.folder, method, arguments)
+            if not file.exists():
+                print(f"{number} of {len(todo)}: {method.name}, {way}, seed {seed}", file=sys.stderr, flush=True)
+                result = run(zygote, options.folder, method, arguments)
+                file.write_text(json.dumps(result))
+    finally:
+        zygote.close()
+    print(table(options.folder, options.seeds))
+
+
+if __name__ == "__main__":
+    main()

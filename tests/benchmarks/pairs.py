@@ -1,0 +1,183 @@
+"""The pairs of networks that are trained for real: what they are, what they see, and what they learn from it."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet, VisionTransformer, resnet18, resnet50  # type: ignore[import-untyped]
+from typing_extensions import override
+
+from lightning_tspipe import TeacherStudentModule
+
+IMAGE_SIZE, NUM_CLASSES = 64, 100
+NUM_TOKENS, VOCABULARY = 64, 8192
+
+
+def flat(network: ResNet, head: bool = True) -> nn.Sequential:
+    """The network as a sequence of stem, residual blocks and head."""
+    stem = [network.conv1, network.bn1, network.relu, network.maxpool]
+    blocks = [*network.layer1, *network.layer2, *network.layer3, *network.layer4]
+    return nn.Sequential(*stem, *blocks, network.avgpool, nn.Flatten(), *[network.fc] * head)
+
+
+class Patches(nn.Module):
+    """The beginning of a vision transformer."""
+
+    def __init__(self, network: VisionTransformer) -> None:
+        super().__init__()
+        self.conv, self.token, self.position = network.conv_proj, network.class_token, network.encoder.pos_embedding
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Tokens of images, the class first."""
+        patches = self.conv(images).flatten(2).transpose(1, 2)
+        return torch.cat([self.token.expand(len(images), -1, -1), patches], 1) + self.position
+
+
+class First(nn.Module):
+    """Of all tokens the first."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Its features."""
+        return tokens[:, 0]
+
+
+def vit(width: int, head: bool = True) -> nn.Sequential:
+    """A vision transformer of 12 blocks, for patches of 8 pixels."""
+    network = VisionTransformer(IMAGE_SIZE, 8, 12, width // 64, width, 4 * width, num_classes=NUM_CLASSES)
+    tail = [network.encoder.ln, First(), *[network.heads] * head]
+    return nn.Sequential(Patches(network), *network.encoder.layers, *tail)
+
+
+class Words(nn.Module):
+    """The beginning of BERT."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(NUM_TOKENS, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Features of tokens."""
+        return self.norm(self.words(tokens) + self.places.weight)
+
+
+def bert(num_layers: int, width: int = 512) -> nn.Sequential:
+    """As BERT-small, which classifies by its first token."""
+    blocks = [
+        nn.TransformerEncoderLayer(width, width // 64, 4 * width, 0.0, "gelu", batch_first=True)
+        for _ in range(num_layers)
+    ]
+    return nn.Sequential(Words(width), *blocks, First(), nn.Linear(width, NUM_CLASSES))
+
+
+def head(features: int, hidden: int, out: int) -> nn.Sequential:
+    """A projector or predictor."""
+    return nn.Sequential(nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+class Distillation(TeacherStudentModule):
+    """The student learns from the labels and from a frozen teacher."""
+
+    def __init__(self, teacher: nn.Sequential, student: nn.Sequential) -> None:
+        super().__init__()
+        self.teacher, self.student = teacher, student
+
+    @override
+    def loss(self, student_out: Tensor, teacher_out: Tensor, target: Tensor) -> Tensor:
+        distance = nn.functional.kl_div(
+            student_out.log_softmax(-1), teacher_out.log_softmax(-1), log_target=True, reduction="batchmean"
+        )
+        return distance + nn.functional.cross_entropy(student_out, target)
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.student.parameters(), lr=0.01, momentum=0.9)
+
+
+class TwoViews(TeacherStudentModule):
+    """An encoder learns from its own average on another view; the teacher has no predictor, the student's last layer.
+
+    Args:
+        encoder: with its projector.
+        width: of what that gives.
+    """
+
+    student: nn.Sequential
+
+    def __init__(self, encoder: nn.Sequential, width: int) -> None:
+        super().__init__(momentum=0.996)
+        self.teacher = copy.deepcopy(encoder)
+        self.student = nn.Sequential(*encoder, head(width, 512, width))
+
+    @override
+    def ema_source(self) -> nn.Module:
+        return self.student[:-1]
+
+    @override
+    def student_input(self, batch: Any) -> list[Tensor]:
+        return [batch[0], batch[0].flip(-1)]
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.student.parameters(), lr=1e-4)
+
+
+class BYOL(TwoViews):
+    """Each view's prediction is to be like the teacher's projection of the other."""
+
+    @override
+    def loss(self, student_out: list[Tensor], teacher_out: list[Tensor], target: Tensor) -> Tensor:
+        similar = nn.functional.cosine_similarity
+        return 2 - (similar(student_out[0], teacher_out[1]) + similar(student_out[1], teacher_out[0])).mean()
+
+
+class MoCo(TwoViews):
+    """Each view's prediction is to be liker to the teacher's projection of the other than to those of other images."""
+
+    @override
+    def loss(self, student_out: list[Tensor], teacher_out: list[Tensor], target: Tensor) -> Tensor:
+        losses = []
+        for pair in zip(student_out, reversed(teacher_out), strict=True):
+            queries, keys = (nn.functional.normalize(each, dim=1) for each in pair)
+            labels = torch.arange(len(queries), device=queries.device)
+            losses.append(nn.functional.cross_entropy(queries @ keys.T / 0.2, labels))
+        return losses[0] + losses[1]
+
+
+def images(count: int) -> Tensor:
+    """Of one image's memory."""
+    return torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE).expand(count, -1, -1, -1)
+
+
+def tokens(count: int) -> Tensor:
+    """Of one text's memory."""
+    return torch.randint(VOCABULARY, (1, NUM_TOKENS)).expand(count, -1)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is trained.
+
+    Attributes:
+        make: The module.
+        inputs: So many samples.
+    """
+
+    make: Callable[[], TeacherStudentModule]
+    inputs: Callable[[int], Tensor] = images
+
+
+PAIRS = {
+    "resnet50 to resnet18": Pair(
+        lambda: Distillation(flat(resnet50(num_classes=NUM_CLASSES)), flat(resnet18(num_classes=NUM_CLASSES)))
+    ),
+    "ViT-S/8 to resnet18": Pair(lambda: Distillation(vit(384), flat(resnet18(num_classes=NUM_CLASSES)))),
+    "BYOL resnet18": Pair(
+        lambda: BYOL(nn.Sequential(*flat(resnet18(), head=False), head(512, 512, 128)), 128),
+    ),
+    "MoCo-v3 ViT-Ti/8": Pair(lambda: MoCo(nn.Sequential(*vit(192, head=False), head(192, 512, 128)), 128)),
+    "BERT-small (4 layers) to 3 layers": Pair(lambda: Distillation(bert(4), bert(3)), tokens),
+}

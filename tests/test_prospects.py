@@ -1,0 +1,159 @@
+"""What rivals take in the simulation, by hand for small cases, and what the verdict says and why."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_tspipe import rivals
+from lightning_tspipe.clock import clock
+from lightning_tspipe.plain import plain_rows
+from lightning_tspipe.prospects import GB, Machine, Pair, prospects, report, verdict
+from lightning_tspipe.rivals import Stages, fused, halves, period, periods
+from lightning_tspipe.schedule import Costs, Schedule
+
+MS = 1e-3
+
+
+def on(costs: Costs) -> Stages:
+    return Stages(tuple(range(len(costs.t))), costs)
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(1, 2), (2, 3), (4, 12), (8, 24)])
+def test_bubbles_are_those_of_the_papers(stages: int, microbatches: int) -> None:
+    """Unit costs: a fused GPipe or 1F1B has (P-1)(t+f+b+w) of bubbles, with a pass before it t less per hop."""
+    found = periods(Costs.uniform(stages), microbatches)
+    work, hops = 4 * microbatches, stages - 1
+    assert found["serial model parallelism"] == work * stages
+    assert found["GPipe, teacher fused"] == found["1F1B, teacher fused"] == pytest.approx(work + 4 * hops)
+    assert found["GPipe, teacher first"] == found["1F1B, teacher first"] == pytest.approx(work + 3 * hops)
+    assert found["passes streamed"] == pytest.approx(microbatches * (4 + 3 * hops))
+    assert found["ZB1P, teacher fused"] == pytest.approx(work + 2 * hops)  # (P-1)(f + b - w), f with the teacher in it
+    if stages > 1 and microbatches % stages == 0:
+        assert found["interleaved 1F1B, teacher fused"] == pytest.approx(work + 4 * hops / 2)
+    if stages > 1:
+        assert work <= found["ZBV, teacher fused"] <= found["ZB1P, teacher fused"]
+
+
+@pytest.mark.parametrize(("name", "order"), [("1F1B", "1f1b"), ("ZB1P", "zb")])
+def test_uneven_costs_and_messages_count_as_in_the_clock(name: str, order: str) -> None:
+    """The same orders of the student alone, timed by the simulation of this package's own schedules."""
+    costs = Costs((0, 0, 0), (1, 2, 1.5), (2, 1, 1), (0.5, 1, 2), 0.25)
+    rows = rivals.one_forward_one_backward(3, 6, name == "ZB1P")
+    same = Schedule(3, 6, "microbatch", plain_rows(order, 3, 6)[0])
+    assert period(rows, on(costs)) == pytest.approx(clock(same, costs).period)
+
+
+def test_zbv_of_equal_costs_has_no_bubbles_between_two_ranks_and_few_between_more() -> None:
+    """The teacher left out, as in its paper."""
+    for stages, microbatches, least in ((2, 6, 1.0), (4, 16, 0.97), (8, 24, 0.94)):
+        costs = Costs.uniform(stages, t=0)
+        assert 3 * microbatches / periods(costs, microbatches)["ZBV, teacher fused"] >= least - 1e-9
+
+
+def test_halves_have_the_work_of_the_whole() -> None:
+    costs = fused(Costs((1, 2), (3, 4), (5, 6), (7, 8)))
+    assert costs.f == (4, 6)
+    both = halves(costs, [0, 1, 1, 0])
+    assert both.costs.f == (2, 3, 3, 2)
+    assert both.costs.w == (3.5, 4, 4, 3.5)
+
+
+def pair(stages: int = 4, **options: object) -> Pair:
+    """Costs of a millisecond, and a student of 0.1 GB that learns from 1 GB; each microbatch takes 0.1 GB per stage."""
+    known = {"student": 0.1 * GB, "teacher": GB, "weights": (0.35 * GB,) * stages, "held": (0.1 * GB,) * stages}
+    return Pair(**({"costs": Costs.uniform(stages, *[MS] * 4)} | known | options))  # type: ignore[arg-type]
+
+
+def said(pair: Pair, microbatches: int, machine: Machine) -> str:
+    return " ".join(verdict(pair, microbatches, machine, prospects(pair, microbatches, machine)))
+
+
+def of(name: str, pair: Pair, machine: Machine) -> float:
+    return next(one.seconds for one in prospects(pair, 12, machine) if one.name == name) / MS
+
+
+def test_data_parallelism_follows_from_the_bandwidth() -> None:
+    """12 microbatches are 48 ms of work per rank, half of it backward; 3/4 of the bytes cross, and twice for DDP."""
+    assert of("DDP", pair(), Machine(10 * GB)) == pytest.approx(48)  # 15 ms, behind the backward
+    assert of("DDP", pair(), Machine(1 * GB)) == pytest.approx(24 + 150)
+    assert of("FSDP", pair(), Machine(100 * GB)) == pytest.approx(48)
+    assert of("FSDP", pair(), Machine(1 * GB)) == pytest.approx(0.75 * (3 * 100 + 1000))
+
+
+def test_it_says_that_the_pipeline_is_the_better_choice() -> None:
+    text = said(pair(), 12, Machine(GB))
+    assert text.startswith('The pipeline is the better choice: tspipe, schedule="afab" with 48.00 ms per step.')
+
+
+def test_it_says_that_it_is_not() -> None:
+    fast = Machine(100 * GB, 80 * GB)
+    equal = said(pair(), 12, fast)
+    assert equal.startswith("The pipeline is NOT clearly the better choice: DDP is within 1 %")
+    few = said(pair(costs=Costs.uniform(4, *[MS] * 3, MS)), 4, fast)
+    assert few.startswith("The pipeline is NOT the better choice: DDP takes 16.00 ms, the best order is tspipe")
+    assert "microbatches are too few to fill them, 6 are needed" in few
+    uneven = pair(costs=Costs((MS, 2 * MS, MS, MS), *[(MS,) * 4] * 3))
+    assert "Stage 1 has 18% more work than the mean" in said(uneven, 12, fast)
+    exact = pair(lookahead=False)
+    assert "there is no work that may fill them" in said(exact, 12, fast)
+    short = pair(costs=Costs.uniform(4, *[MS / 10] * 4))
+    assert said(short, 12, Machine(GB)).startswith(
+        "The pipeline is NOT the better choice: an action takes 0.13 ms on average, and Python adds"
+    )
+
+
+def test_memory_rules_out_what_does_not_fit() -> None:
+    """DDP takes 1.4 GB of weights and 1.2 GB of activations; the pipeline 0.35 and up to 1.2."""
+    text = said(pair(), 12, Machine(100 * GB, 2 * GB))
+    assert "DDP does not fit: it takes 2.60 GB per rank, of 2.00." in text
+    assert said(pair(), 12, Machine(1 * GB, 2 * GB)).startswith("The pipeline is the better choice")
+    none = said(pair(), 12, Machine(1 * GB, 1 * GB))
+    assert none == (
+        "The pipeline is NOT the better choice: none of its orders fits into memory; nothing else does either."
+    )
+    lean = said(pair(loss_over="microbatch"), 12, Machine(1 * GB, 1.2 * GB))  # afab would take 1.55
+    assert 'The pipeline is the better choice: tspipe, schedule="1f1b"' in lean
+
+
+def test_orders_keep_the_memory_that_there_is() -> None:
+    """1F1B holds more than P-k microbatches where that is faster, and fewer where they do not fit."""
+    by_name = lambda memory: {  # noqa: E731
+        one.name: one for one in prospects(pair(loss_over="microbatch"), 12, Machine(GB, memory))
+    }
+    for name in ('tspipe, schedule="1f1b"', 'tspipe, schedule="zb"'):
+        free, bound = by_name(None)[name], by_name(0.85 * GB)[name]
+        assert free.peak is not None
+        assert bound.peak is not None
+        assert bound.peak <= 0.85 * GB < free.peak
+        assert bound.seconds >= free.seconds
+
+
+def test_recomputation_keeps_little_and_one_microbatch_whole() -> None:
+    """0.01 GB per microbatch and stage, and 0.1 once; a split backward keeps all until its second half."""
+    lean = {one.name: one.peak for one in prospects(pair(passed=(0.01 * GB,) * 4), 12, Machine())}
+    assert lean['tspipe, schedule="afab"'] == pytest.approx((0.35 + 0.1 + 12 * 0.01) * GB)
+    assert lean['tspipe, schedule="afab-split"'] == pytest.approx((0.35 + 12 * 0.1) * GB)
+    assert lean["DDP"] == pytest.approx((1.4 + (4 * 0.01 + 0.1) * 3) * GB)
+
+
+def test_what_is_not_known_is_said() -> None:
+    text = said(pair(weights=(), held=()), 12, Machine())
+    assert text.startswith(
+        'The best pipeline is tspipe, schedule="afab" with 48.00 ms. Whether it is the better choice'
+    )
+    assert "DDP is as fast or faster if a rank sends 6.25 GB/s or more; whether it fits into memory is not" in text
+    assert of("DDP", pair(), Machine(6.25 * GB)) == pytest.approx(48)
+    blind = said(pair(student=0.0, weights=(), held=()), 12, Machine())
+    assert "DDP is as fast or faster if its messages can be hidden" in blind
+
+
+def test_the_table_marks_bounds_and_what_no_loss_over_the_batch_can_have() -> None:
+    for loss_over in ("batch", "microbatch"):
+        mine = pair(loss_over=loss_over)
+        text = report(mine, 12, Machine(None, 2 * GB), prospects(mine, 12, Machine(None, 2 * GB)))
+        rows = {
+            line.split(" | ")[0].strip(): [cell.strip() for cell in line.split(" | ")] for line in text.splitlines()
+        }
+        assert rows["DDP"][1:] == ["any", ">= 48.00", "<= 1.000", ">= 1.00", "2.6", "NO"]
+        assert rows["1F1B, teacher fused"][1:] == ["per microbatch", "60.00", "0.800", "1.25", "0.75", "yes"]
+        assert "ZBV is a greedy order" in text
