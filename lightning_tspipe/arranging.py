@@ -143,12 +143,19 @@ class Arrangement:
             self._schedule,
             post_ahead,
             split_backward=split,
+            clipping=self._clips,
             max_held=self._max_held,
         )
         if self._microbatches == "auto":
             found = self.placement.microbatches or planner.microbatches
             planner.microbatches = found if resumed is None else resumed
         return planner
+
+    @property
+    def _clips(self) -> bool:
+        """Whether a scalar of all stages comes before the optimizer step."""
+        by_norm = bool(self._trainer.gradient_clip_val) and self._trainer.gradient_clip_algorithm != "value"
+        return by_norm or getattr(self._trainer.precision_plugin, "scaler", None) is not None
 
     @property
     def _keeps_inputs(self) -> bool:

@@ -15,7 +15,7 @@ one node, and it may refuse to keep what the second part would need.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,17 +43,18 @@ class WeightBackward:
     """What is left to do for the weights; call it once."""
 
     def __init__(self, junctions: Sequence[_Junction], whole: Callable[[], None] | None = None) -> None:
-        self._junctions, self._whole = list(junctions), whole
+        self._junctions, self._whole = deque(junctions), whole
 
     def __call__(self) -> None:
         """Add the gradients of the weights to their ``.grad``."""
         if self._whole is not None:
             self._whole()
-        for junction in self._junctions:
+        while self._junctions:  # each lets go of what lies between it and the next one, from the outputs on
+            junction = self._junctions.popleft()
             if junction.gradients:
                 edge = GradientEdge(junction.node, 0)
                 torch.autograd.backward([edge], junction.gradients, inputs=junction.parameters)
-        self._junctions, self._whole = [], None
+        self._whole = None
 
 
 def backward_inputs(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> WeightBackward:

@@ -253,6 +253,19 @@ def test_plan_costs_and_busy_are_there_during_the_fit_only(tmp_path: Path) -> No
         assert torch.load(tmp_path / f"{rank}.pt", weights_only=False) == (None, None, {})
 
 
+def test_the_plan_knows_of_clipping() -> None:
+    """By norm, all ranks wait for a scalar; teacher work behind the last backward fills that."""
+    note = Notes(lambda trainer: (trainer.strategy.costs.exchange, trainer.strategy.plan))
+    options = {"limit_train_batches": 2, "gradient_clip_val": 1.0, "callbacks": [note]}
+    trainers = [options, options | {"gradient_clip_algorithm": "value"}]
+    by_norm, by_value = run_fits([Fit(Small, loader, 2, 3, strategy=SHORT, trainer=each) for each in trainers], 40)
+    for norm, value in zip(by_norm, by_value, strict=True):
+        assert (norm["notes"][0][0], value["notes"][0][0]) == (0.0, None)
+    row = by_norm[1]["notes"][0][1].ranks[1]
+    assert row[-1].ahead
+    assert not by_value[1]["notes"][0][1].ranks[1][-1].ahead
+
+
 # --- no waits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -164,6 +165,31 @@ def test_without_an_input_all_is_put_off() -> None:
     whole.backward(torch.ones_like(whole))
     for ours, theirs in zip(network.parameters(), other.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
+
+
+def test_what_is_done_with_is_let_go() -> None:
+    """When the last layer of the second part begins, nothing of the others is kept any more."""
+    kept: list[weakref.ref[Any]] = []
+
+    class Box:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor.detach()  # else a node that saves its own output would never be freed
+            kept.append(weakref.ref(self))
+
+    network = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(4, 4), nn.Tanh())))
+    x = torch.randn(3, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(Box, lambda box: box.tensor):
+        output = network(x * 2)
+    alive: dict[int, int] = {}
+    for place in (0, 10):
+        network[place].weight.register_post_accumulate_grad_hook(
+            lambda _, place=place: alive.update({place: sum(box() is not None for box in kept)})
+        )
+    rest = backward_inputs([output], [torch.ones_like(output)], [x])
+    del output
+    rest()
+    assert alive[10] > 10
+    assert alive[0] == 0
 
 
 def test_several_outputs_and_inputs() -> None:

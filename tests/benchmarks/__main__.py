@@ -32,6 +32,7 @@ from tests.benchmarks.pairs import PAIRS  # noqa: E402
 from tests.benchmarks.planning import Plan, measure_planning  # noqa: E402
 from tests.benchmarks.real import Contest, measure_real  # noqa: E402
 from tests.benchmarks.rivals import WHOLE, measure_rival  # noqa: E402
+from tests.benchmarks.split import Split, measure_split  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,18 @@ def planning(_: bool) -> tuple[list[Plan], Figures]:
     }
 
 
+def split(_: bool) -> tuple[list[Split], Figures]:
+    """A backward in two parts against the whole one."""
+    splits = measure_split()
+    rows = [
+        f"{run.network} | {1e3 * run.whole_s:.1f} | {1e3 * run.first_s:.1f} | {1e3 * run.rest_s:.1f} | "
+        f"{(run.first_s + run.rest_s) / run.whole_s:.2f}"
+        for run in splits
+    ]
+    print_table("backward | whole, ms | inputs, ms | weights, ms | both over whole", rows)
+    return splits, {}
+
+
 def monitor(_: bool) -> tuple[list[Cost], Figures]:
     """What watching costs."""
     costs = measure_monitor()
@@ -158,6 +171,7 @@ BENCHMARKS: dict[str, Callable[[bool], tuple[Sequence[Any], Figures]]] = {
     "balance": balance,
     "monitor": monitor,
     "planning": planning,
+    "split": split,
     "real": real,
 }
 
