@@ -119,7 +119,9 @@ def main(
         strategy=TSPipeStrategy(microbatches=microbatches) if strategy == "tspipe" else strategy,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
-    trainer.fit(MeanTeacher(weight=weight, momentum=momentum, teacher_delay=delay), Fashion(folder))
+    module, data = MeanTeacher(weight=weight, momentum=momentum, teacher_delay=delay), Fashion(folder)
+    L.seed_everything(seed, verbose=False)  # so that all strategies see the same batches
+    trainer.fit(module, data)
     if trainer.is_global_zero:
         accuracy = trainer.callback_metrics["accuracy"]
         print(f"test accuracy {accuracy:.4f} after {trainer.global_step} steps of {strategy}")

@@ -129,6 +129,7 @@ def main(
         strategy=TSPipeStrategy(microbatches=microbatches) if strategy == "tspipe" else strategy,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
+    L.seed_everything(seed, verbose=False)  # so that all strategies see the same batches
     trainer.fit(module, data)
     if trainer.is_global_zero:
         after = data.neighbour_accuracy(module.student[0][0])

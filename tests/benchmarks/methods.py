@@ -21,6 +21,7 @@ from tests.scripts.zygote import ROOT, Zygote
 
 TARGET = "tests.test_examples:run_example"
 SINGLE = ("single device", "--strategy auto")
+WHOLE = ("tspipe, delay 0, M=1", "--delay 0 --microbatches 1")
 FROZEN = [SINGLE, *((f"tspipe, M={m}", f"--microbatches {m}") for m in (2, 4, 8))]
 MOVING = [
     SINGLE,
@@ -55,7 +56,7 @@ METHODS = [
     Method("mean_teacher", "--epochs 10 --weight 0", "accuracy", [SINGLE]),
     Method("feature_digits", "--epochs 10 --precision 64-true", "student", FROZEN),
     *(
-        Method("moco_v3", f"--epochs 12 --momentum {m}", "after", [SINGLE, *MOVING[1:3]])
+        Method("moco_v3", f"--epochs 12 --momentum {m}", "after", [SINGLE, WHOLE, *MOVING[1:3]])
         for m in ("0.9", "0.99", "0.996")
     ),
 ]
