@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw, ImageFont
+
 Run = dict[str, Any]
 
 
@@ -34,6 +36,19 @@ def overhead(runs: list[Run]) -> str:
     return table(["problem", "contender", "us per action", "us per microbatch"], rows)
 
 
+def real(runs: list[Run]) -> str:
+    """Throughput and memory, and both over DDP's."""
+    base = {run["pair"]: run for run in runs if run["contender"] == "DDP"}
+    rows = []
+    for run in runs:
+        ddp = base[run["pair"]]
+        throughput, memory = run["samples_per_s"] / ddp["samples_per_s"], max(run["peak_mib"]) / min(ddp["peak_mib"])
+        peak = " and ".join(f"{peak:.0f}" for peak in run["peak_mib"])
+        cells = (f"{run['samples_per_s']:.1f}", f"{throughput:.2f}", peak, f"{memory:.2f}")
+        rows.append([run["pair"], run["contender"], *cells])
+    return table(["pair", "contender", "samples per s", "over DDP's", "peak MiB", "over DDP's"], rows)
+
+
 def goals(found: list[Run]) -> str:
     """Every goal and whether it was met."""
     return table(
@@ -49,7 +64,7 @@ def _verdict(goal: Run) -> str:
     return "met" if goal["met"] else "MISSED"
 
 
-TABLES = {"emulated": emulated, "overhead": overhead, "goals": goals}
+TABLES = {"emulated": emulated, "overhead": overhead, "real": real, "goals": goals}
 
 
 def fill(page: str, results: dict[str, Any]) -> str:
@@ -64,31 +79,27 @@ def fill(page: str, results: dict[str, Any]) -> str:
     return page
 
 
+COLORS = ("#1b6e3c", "#7aa6d1", "#4779ad", "#c9b27c", "#a8894a", "#b98bbd", "#d0806f", "#a34b3c", "#999999", "#666666")
+ROW, LEFT, SCALE = 17, 400, 560  # pixels: of a bar, of the names, of a utilization of 1
+
+
 def picture(runs: list[Run], path: Path) -> None:
     """Bars of utilization, by problem."""
-    from matplotlib import pyplot  # only whoever draws needs it
-
-    problems = list(dict.fromkeys(run["problem"] for run in runs))
     contenders = list(dict.fromkeys(run["contender"] for run in runs))
-    figure, axes = pyplot.subplots(figsize=(11, 0.5 + 0.22 * len(runs)))
-    colors = pyplot.get_cmap("tab10")
-    place, ticks = 0.0, []
-    for problem in problems:
-        mine = [run for run in runs if run["problem"] == problem]
-        ticks.append(place + (len(mine) - 1) / 2)
-        for run in mine:
-            color = colors(contenders.index(run["contender"]) % 10)
-            axes.barh(place, run["utilization"], color=color)
-            axes.text(run["utilization"] + 0.005, place, f"{run['utilization']:.3f}", va="center", fontsize=7)
-            place += 1
-        place += 1
-    axes.set_yticks(ticks, problems)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.08)
-    axes.set_xlabel("utilization (work of a rank / measured step)")
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors(number % 10)) for number in range(len(contenders))]
-    axes.legend(handles, contenders, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    groups = [[run for run in runs if run["problem"] == name] for name in dict.fromkeys(run["problem"] for run in runs)]
+    image = Image.new("RGB", (LEFT + SCALE + 60, ROW * (len(runs) + len(groups) + 1)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    top = ROW // 2
+    for group in groups:
+        draw.text((8, top), group[0]["problem"], "black", font)
+        for run in group:
+            end = LEFT + SCALE * run["utilization"]
+            draw.rectangle((LEFT, top + 2, end, top + ROW - 2), COLORS[contenders.index(run["contender"])])
+            draw.text((170, top), run["contender"], "black", font)
+            draw.text((end + 4, top), f"{run['utilization']:.3f}", "black", font)
+            top += ROW
+        top += ROW
+    image.save(path)
 
 
 def main(source: str, folder: str) -> None:
