@@ -182,9 +182,9 @@ def fused(costs: Costs) -> Costs:
 
 def halves(costs: Costs, ranks: Sequence[int]) -> Stages:
     """Two chunks per rank, each with half of its costs."""
-    columns = ([getattr(costs, name)[rank] / 2 for rank in ranks] for name in "tfbw")
-    t, f, b, w = map(tuple, columns)
-    return Stages(tuple(ranks), replace(costs, t=t, f=f, b=b, w=w))
+    columns = (costs.t, costs.f, costs.b, costs.w, costs.whole)
+    t, f, b, w, whole = (tuple(column[rank] / 2 for rank in ranks if column) for column in columns)
+    return Stages(tuple(ranks), replace(costs, t=t, f=f, b=b, w=w, whole=whole))
 
 
 def serial(costs: Costs, microbatches: int) -> float:
@@ -196,10 +196,11 @@ def serial(costs: Costs, microbatches: int) -> float:
 
 def streaming(costs: Costs, microbatches: int) -> float:
     """Seconds of a step if the passes T, F and B of the whole batch stream through the ranks."""
-    whole = {name: tuple(microbatches * cost for cost in getattr(costs, name)) for name in "tfbw"}
+    columns = (costs.t, costs.f, costs.b, costs.w, costs.whole)
+    t, f, b, w, whole = (tuple(microbatches * cost for cost in column) for column in columns)
     stages = len(costs.t)
     rows: Rows = [[(kind, k, 0) for kind in "TFB"] for k in range(stages)]
-    return period(rows, Stages(tuple(range(stages)), replace(costs, **whole)))  # type: ignore[arg-type]
+    return period(rows, Stages(tuple(range(stages)), replace(costs, t=t, f=f, b=b, w=w, whole=whole)))
 
 
 def periods(costs: Costs, microbatches: int) -> dict[str, float]:

@@ -34,6 +34,16 @@ def test_bubbles_are_those_of_the_papers(stages: int, microbatches: int) -> None
         assert work <= found["ZBV, teacher fused"] <= found["ZB1P, teacher fused"]
 
 
+def test_a_whole_backward_may_take_less_than_its_parts() -> None:
+    ones = (1.0, 1.0)
+    plain, cheap = Costs(ones, ones, ones, ones), Costs(ones, ones, ones, ones, whole=(1.5, 1.5))
+    assert periods(Costs(ones, ones, ones, ones, whole=(2.0, 2.0)), 4) == periods(plain, 4)
+    before, after = periods(plain, 4), periods(cheap, 4)
+    parts = {"ZB1P, teacher fused", "ZBV, teacher fused"}
+    assert {name for name in before if after[name] == before[name]} == parts
+    assert all(after[name] < before[name] for name in before.keys() - parts)
+
+
 @pytest.mark.parametrize(("name", "order"), [("1F1B", "1f1b"), ("ZB1P", "zb")])
 def test_uneven_costs_and_messages_count_as_in_the_clock(name: str, order: str) -> None:
     """The same orders of the student alone, timed by the simulation of this package's own schedules."""
