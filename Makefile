@@ -7,9 +7,9 @@
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-# Two test files at a time, since most tests wait for processes that they have started; in the order of their names,
+# Three test files at a time, since most tests wait for processes that they have started; in the order of their names,
 # which has the long ones first.
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+THREE := -n 3 --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -47,11 +47,11 @@ demo: install  ## distil a network on handwritten digits over two processes
 	$(PY) examples/distill_digits.py $(ARGS)
 
 test: install  ## run the tests
-	$(PY) -m pytest $(TWO) $(ARGS)
+	$(PY) -m pytest $(THREE) $(ARGS)
 
 # COVERAGE_FILE: a child that multiprocessing starts in another folder would leave its data there.
 coverage: install  ## run the tests, child processes measured too; fails under the bound in setup.cfg
-	COVERAGE_FILE=$(CURDIR)/.coverage $(PY) -m pytest $(TWO) --cov --cov-report=term-missing $(ARGS)
+	COVERAGE_FILE=$(CURDIR)/.coverage $(PY) -m pytest $(THREE) --cov --cov-report=term-missing $(ARGS)
 
 check: install  ## lint, format, types and import rules
 	$(PY) -m ruff check .

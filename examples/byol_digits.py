@@ -21,7 +21,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_tspipe import TeacherStudentModule, cosine_momentum  # the import registers "tspipe"
+from lightning_tspipe import TeacherStudentModule, TSPipeStrategy, cosine_momentum
 
 LABELS = 100
 
@@ -94,6 +94,7 @@ def neighbour_accuracy(encoder, x, y, test_x, test_y):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategy", default="tspipe", help="tspipe (two processes) or auto (one)")
+    parser.add_argument("--microbatches", type=int, default=2, help="of tspipe; batch norms see each by itself")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the augmentation")
     options = parser.parse_args()
@@ -112,8 +113,10 @@ def main():
     loader = DataLoader(list(x), batch_size=64, shuffle=True, drop_last=True, collate_fn=two_views)
     module = BYOL(steps=options.epochs * len(loader))
     before = neighbour_accuracy(module.encoder, *labelled)
+    pipeline = options.strategy == "tspipe"
     trainer = L.Trainer(
-        accelerator="cpu", devices=1 if options.strategy == "auto" else 2, strategy=options.strategy,
+        accelerator="cpu", devices=2 if pipeline else 1,
+        strategy=TSPipeStrategy(microbatches=options.microbatches) if pipeline else options.strategy,
         max_epochs=options.epochs, logger=False, enable_checkpointing=False, enable_model_summary=False,
         enable_progress_bar=False,
     )  # fmt: skip

@@ -201,6 +201,7 @@ def _child(target: Callable[[], Any], log: Path) -> None:
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     # Lightning refuses to fork after a mere look at CUDA by some earlier test; nothing here uses CUDA.
     torch.cuda._is_in_bad_fork = lambda: False
+    torch.set_num_threads(1)  # two threads of autograd that ask for torch's pool at once after a fork end the process
     try:
         target()
     finally:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
+from lightning_tspipe import TeacherStudentModule, TSPipeStrategy, measure
 from lightning_tspipe.balance import Chain, joint_cut
 from lightning_tspipe.measure import LayerCost, MessageCost, Meter, fastest
 from lightning_tspipe.partition import find_layers
@@ -280,6 +280,7 @@ def test_a_saved_plan_may_split_the_backward(zygote: Zygote, tmp_path: Path) -> 
 def keep_number(rank: int, out: Path) -> None:
     """Two stages choose a number of microbatches, three go on with it, and a number that is given comes before it."""
     torch.set_num_threads(1)
+    measure.REPEATS = 1  # exact times do not matter here
 
     def fit(stages: int, resume: Path | None, microbatches: int | str = "auto") -> int | None:
         strategy = TSPipeStrategy(stages, microbatches=microbatches, start_method="fork")  # type: ignore[arg-type]
@@ -315,8 +316,9 @@ def test_a_resumed_run_keeps_its_microbatches(zygote: Zygote, tmp_path: Path) ->
     assert third == 5
 
 
-def test_a_limit_of_memory_moves_the_cut(tmp_path: Path) -> None:
+def test_a_limit_of_memory_moves_the_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second stage may not hold all the large layers, however fast they are; too little is an error."""
+    monkeypatch.setattr(measure, "REPEATS", 1)  # exact times do not matter here
     whole = 4 * sum(p.numel() for p in Uneven().student.parameters())
     options: dict[str, Any] = {"callbacks": [Shown(tmp_path)], "limit_train_batches": 1}
     strategy = {"balance": "auto", "max_memory": int(4 * whole * 0.97)}
