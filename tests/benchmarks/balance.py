@@ -77,26 +77,28 @@ class Distillation(TeacherStudentModule):
 def measure_balance() -> list[Cut]:
     """Every teacher at every number of stages.
 
-    Layers are measured by themselves, before and after the fits, and the faster one counts; messages as well. Nothing
-    that the fits have measured is used.
+    Layers are measured by themselves in some processes, before, between and after the fits, and the median counts: a
+    convolution with large filters can take a third less in one process than in most. Nothing that the fits have
+    measured is used.
     """
     cuts = []
     message = run_forked(_message_cost, 2, free_port(), timeout_s=TIMEOUT_S)[0]
     for teacher in TEACHERS:
-        before = run_forked(_measure, 1, teacher, timeout_s=TIMEOUT_S)[0]
-        chosen = {stages: run_forked(_fit, 1, teacher, stages, timeout_s=TIMEOUT_S)[0] for stages in STAGES}
-        after = run_forked(_measure, 1, teacher, timeout_s=TIMEOUT_S)[0]
-        again = run_forked(_message_cost, 2, free_port(), timeout_s=TIMEOUT_S)[0]
-        message = MessageCost(min(message.latency, again.latency), min(message.per_byte, again.per_byte))
+        measured, chosen = [], {}
+        for stages in (*STAGES, None):
+            measured.append(run_forked(_measure, 1, teacher, timeout_s=TIMEOUT_S)[0])
+            if stages is not None:
+                chosen[stages] = run_forked(_fit, 1, teacher, stages, timeout_s=TIMEOUT_S)[0]
+        by_parameters = measured[0][2]
         student, of_teacher = (
             Times(
-                np.minimum([cost.seconds for cost in first], [cost.seconds for cost in second]),
-                np.array([0, *(messages * message.seconds(cost.sent) for cost in first)]),
+                np.median([[cost.seconds for cost in costs[place]] for costs in measured], axis=0),
+                np.array([0, *(messages * message.seconds(cost.sent) for cost in measured[0][place])]),
             )
-            for first, second, messages in zip(before[:2], after[:2], (2, 1), strict=True)
+            for place, messages in ((0, 2), (1, 1))
         )
         for stages in STAGES:
-            seconds = [slowest(student, of_teacher, sizes) for sizes in (chosen[stages], before[2][stages])]
+            seconds = [slowest(student, of_teacher, sizes) for sizes in (chosen[stages], by_parameters[stages])]
             cuts.append(Cut(teacher, stages, *seconds, best(student, of_teacher, stages)))
     return cuts
 
