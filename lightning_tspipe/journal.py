@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from lightning_tspipe.schedule import Costs, Kind, Schedule, peers
 from lightning_tspipe.simulate import timeline
+from lightning_tspipe.table import table
 
 LOAD = "load"
 CAUSES = ("T", "F", "B", LOAD, "between steps", "runtime")
@@ -219,17 +220,3 @@ def planned(schedule: Schedule, costs: Costs, steps: int) -> Journal:
             )
         rows.append(tuple(row))
     return Journal(tuple(rows))
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns.
-
-    >>> print(table(["rank", "work"], [["0", "97 %"]]))
-    rank | work
-    -----+-----
-    0    | 97 %
-    """
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-             for row in (header, *rows)]  # fmt: skip
-    return "\n".join([lines[0], "-+-".join("-" * width for width in widths), *lines[1:]])

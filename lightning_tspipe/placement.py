@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tspipe.schedule import Costs
+from lightning_tspipe.table import table
 
 MIB = 2**20
 PASSES = {"t": "T ms", "f": "F ms", "again": "F again ms", "b": "I ms", "w": "W ms", "messages": "messages ms"}
@@ -110,10 +111,7 @@ class Placement:
                 row += [f"{1e3 * getattr(self, name)[stage]:.2f}" for name in self._passes]
                 row += [f"{1e3 * self.busy[stage]:.2f}"]
                 row += [f"{column[stage] / MIB:.1f}" for column in sizes.values()]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                 for row in (header, *rows)]  # fmt: skip
-        return "\n".join([lines[0], "-+-".join("-" * width for width in widths), *lines[1:]])
+        return table(header, rows)
 
     def text(self) -> str:
         """JSON, for `parse`."""

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lightning_tspipe.journal import table
 from lightning_tspipe.orders import ORDERS, find_schedule, minimal_microbatches
 from lightning_tspipe.rivals import periods
 from lightning_tspipe.schedule import Costs, LossOver
 from lightning_tspipe.simulate import timeline
+from lightning_tspipe.table import table
 
 GB = 1e9
 SPLIT = ("afab-split", "zb")

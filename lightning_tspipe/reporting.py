@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 from lightning_tspipe.partition import Balance
@@ -45,9 +44,7 @@ class ReportingStrategy(CheckpointStrategy):
         costs, scale = self.placement.costs, 1.0
         if self._microbatches == "auto" and self._balance == "auto":
             scale = 3 * (len(costs.t) - 1) / self.placement.microbatches
-        columns = (costs.t, costs.f, costs.b, costs.w, costs.whole)
-        t, f, b, w, whole = (tuple(scale * cost for cost in column) for column in columns)
-        return replace(costs, t=t, f=f, b=b, w=w, whole=whole)
+        return costs.scaled(scale)
 
     @property
     def busy(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from lightning_tspipe.plain import plain_rows
 from lightning_tspipe.schedule import Costs
 
 Op = tuple[str, int, int]  # T, F, B, I or W; stage; microbatch
@@ -83,23 +84,10 @@ def period(rows: Rows, stages: Stages) -> float:
     return max(each[STEPS - 1] - each[1] for each in ends) / (STEPS - 2)
 
 
-def gpipe(stages: int, microbatches: int) -> Rows:
-    """All forwards, then all backwards."""
-    return [[(kind, k, q) for kind in "FB" for q in range(microbatches)] for k in range(stages)]
-
-
-def one_forward_one_backward(stages: int, microbatches: int, split: bool = False) -> Rows:
-    """1F1B, or with the backward split ZB1P: as many weights are pending as keep the memory of 1F1B."""
-    rows: Rows = []
-    for k in range(stages):
-        warm = min(microbatches, stages - k)
-        row: list[Op] = [("F", k, q) for q in range(warm)]
-        for q in range(microbatches):
-            row.append(("I" if split else "B", k, q))
-            row += [("W", k, q - k)] * (split and q >= k)
-            row += [("F", k, warm + q)] * (warm + q < microbatches)
-        rows.append(row + [("W", k, q) for q in range(max(0, microbatches - k), microbatches)] * split)
-    return rows
+def of_student(order: str, stages: int, microbatches: int) -> Rows:
+    """A plain order without its teacher: "afab" is GPipe, "zb" is ZB1P."""
+    rows = plain_rows(order, stages, microbatches)[0]
+    return [[(a.kind, k, a.microbatch) for a in row if a.kind != "T"] for k, row in enumerate(rows)]
 
 
 def teacher_first(rows: Rows, microbatches: int) -> Rows:
@@ -182,9 +170,7 @@ def fused(costs: Costs) -> Costs:
 
 def halves(costs: Costs, ranks: Sequence[int]) -> Stages:
     """Two chunks per rank, each with half of its costs."""
-    columns = (costs.t, costs.f, costs.b, costs.w, costs.whole)
-    t, f, b, w, whole = (tuple(column[rank] / 2 for rank in ranks if column) for column in columns)
-    return Stages(tuple(ranks), replace(costs, t=t, f=f, b=b, w=w, whole=whole))
+    return Stages(tuple(ranks), costs.scaled(0.5, ranks))
 
 
 def serial(costs: Costs, microbatches: int) -> float:
@@ -196,18 +182,16 @@ def serial(costs: Costs, microbatches: int) -> float:
 
 def streaming(costs: Costs, microbatches: int) -> float:
     """Seconds of a step if the passes T, F and B of the whole batch stream through the ranks."""
-    columns = (costs.t, costs.f, costs.b, costs.w, costs.whole)
-    t, f, b, w, whole = (tuple(microbatches * cost for cost in column) for column in columns)
     stages = len(costs.t)
     rows: Rows = [[(kind, k, 0) for kind in "TFB"] for k in range(stages)]
-    return period(rows, Stages(tuple(range(stages)), replace(costs, t=t, f=f, b=b, w=w, whole=whole)))
+    return period(rows, Stages(tuple(range(stages)), costs.scaled(microbatches)))
 
 
 def periods(costs: Costs, microbatches: int) -> dict[str, float]:
     """Seconds of a step of every rival; the interleaved one only where it exists."""
     count = len(costs.t)
     plain, both = Stages(tuple(range(count)), costs), Stages(tuple(range(count)), fused(costs))
-    gp, f1b1 = gpipe(count, microbatches), one_forward_one_backward(count, microbatches)
+    gp, f1b1 = (of_student(order, count, microbatches) for order in ("afab", "1f1b"))
     lazily: dict[str, Callable[[], float]] = {
         "serial model parallelism": lambda: serial(costs, microbatches),
         "passes streamed": lambda: streaming(costs, microbatches),
@@ -215,7 +199,7 @@ def periods(costs: Costs, microbatches: int) -> dict[str, float]:
         "1F1B, teacher first": lambda: period(teacher_first(f1b1, microbatches), plain),
         "GPipe, teacher fused": lambda: period(gp, both),
         "1F1B, teacher fused": lambda: period(f1b1, both),
-        "ZB1P, teacher fused": lambda: period(one_forward_one_backward(count, microbatches, True), both),
+        "ZB1P, teacher fused": lambda: period(of_student("zb", count, microbatches), both),
     }
     if count > 1:
         around = halves(both.costs, [*range(count), *range(count)])

@@ -108,6 +108,13 @@ class Costs:
         b, w = ((self.b[0], *map(add, self.b[1:], self.f[1:])), (self.w[0] + self.f[0], *self.w[1:]))
         return replace(self, b=b, w=w, whole=tuple(map(add, self.whole, self.f)))
 
+    def scaled(self, by: float, stages: Sequence[int] | None = None) -> Costs:
+        """So many times the seconds of every action, of all stages or of these; messages and optimizer stay."""
+        places = range(len(self.t)) if stages is None else stages
+        columns = (self.t, self.f, self.b, self.w, self.whole)
+        t, f, b, w, whole = (tuple(by * column[place] for place in places if column) for column in columns)
+        return replace(self, t=t, f=f, b=b, w=w, whole=whole)
+
     def seconds(self, kind: Kind, stage: int) -> float:
         """What one action takes on a stage."""
         b, w = self.b[stage], self.w[stage]

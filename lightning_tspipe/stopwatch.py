@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_tspipe.journal import Row
+from lightning_tspipe.journal import LOAD, Row
 
 
 class Stopwatch:
@@ -75,7 +75,7 @@ class Stopwatch:
     def sums(self) -> tuple[float, float, float]:
         """Seconds from the start to the stop, of work, and of waits for messages; waits as `rows` does."""
         self._wait()
-        times = [tuple(map(self._since, mark[5:])) for mark in self._marks if mark[1] != "load"]
+        times = [tuple(map(self._since, mark[5:])) for mark in self._marks if mark[1] != LOAD]
         work, waits = sum(end - start for _, start, end in times), sum(start - begin for begin, start, _ in times)
         return self._since(self._last), work, waits
 

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 # From bottom to top: a module imports only from modules that stand before it here.
 ORDER = (
     # stdlib only
-    *("errors", "topology", "schedule", "clock", "simulate"),
+    *("errors", "topology", "table", "schedule", "clock", "simulate"),
     *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "prospects", "perfetto"),
     "picture",  # and Pillow, where it draws
     # what a network and its schedule are

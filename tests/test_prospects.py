@@ -48,9 +48,10 @@ def test_a_whole_backward_may_take_less_than_its_parts() -> None:
 def test_uneven_costs_and_messages_count_as_in_the_clock(name: str, order: str) -> None:
     """The same orders of the student alone, timed by the simulation of this package's own schedules."""
     costs = Costs((0, 0, 0), (1, 2, 1.5), (2, 1, 1), (0.5, 1, 2), 0.25)
-    rows = rivals.one_forward_one_backward(3, 6, name == "ZB1P")
+    rows = rivals.of_student(order, 3, 6)
     same = Schedule(3, 6, "microbatch", plain_rows(order, 3, 6)[0])
     assert period(rows, on(costs)) == pytest.approx(clock(same, costs).period)
+    assert periods(costs, 6)[f"{name}, teacher fused"] == period(rows, on(costs))
 
 
 def test_zbv_of_equal_costs_has_no_bubbles_between_two_ranks_and_few_between_more() -> None:

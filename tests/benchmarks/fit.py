@@ -2,8 +2,6 @@
 
 import json
 import logging
-import resource
-import sys
 import tempfile
 import time
 import warnings
@@ -12,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_tspipe import monitor
 from tests.benchmarks.measure import step_seconds
 
 
@@ -56,8 +56,7 @@ class Record(L.Callback):
 
 def peak_bytes() -> int:
     """Peak resident memory of this process so far; a forked process starts at what it inherits."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return monitor.peak_bytes(torch.device("cpu"))
 
 
 def timed_fit(
