@@ -100,7 +100,8 @@ class Meter:
                 start = self._now()
                 output = layer(value)
                 best = min(best, self._now() - start)
-            return output, LayerCost(best)
+            # a layer may give a view of its own buffer (BERT's positions), which would hold what is to be swapped back
+            return tree.map_tensors(output, torch.Tensor.detach), LayerCost(best)
 
         with torch.no_grad():
             return self._all(layer, run, tensors, views)

@@ -67,6 +67,30 @@ class Tracks(nn.Module):
         return value + torch.rand(())
 
 
+class Positions(nn.Module):
+    """A layer that gives a part of its buffer, as BERT's embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.arange(8.0)[None])
+
+    def forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return value + 1, self.places[:, : value.shape[1]]
+
+
+def test_a_layer_may_give_a_view_of_its_buffer() -> None:
+    """The buffer is put back though the next layer, or the next measurement, still has the view."""
+    layer, meter = Positions(), Meter(torch.device("cpu"))
+    before = layer.places
+    for _ in range(2):
+        for views, _ in (
+            meter.teacher(layer, [layer.places], [torch.randn(3, 4)]),
+            meter.student(layer, [layer.places], [torch.randn(3, 4)], first=False),
+        ):
+            assert torch.equal(views[0][1], torch.arange(4.0)[None])
+    assert layer.places is before
+
+
 def test_a_measurement_leaves_no_trace() -> None:
     layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Tracks())
     before = copy.deepcopy(layer.state_dict())
