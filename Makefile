@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml | $(VENV)/bin/pip
 	@touch $@
 
 demo: install  ## distil a network on handwritten digits over two processes
-	$(PY) examples/distill_digits.py $(ARGS)
+	$(PY) examples/demo.py $(ARGS)
 
 test: install  ## run the tests
 	$(PY) -m pytest $(THREE) $(ARGS)
