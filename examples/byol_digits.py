@@ -37,7 +37,8 @@ def convnet(width: int, features: int) -> nn.Sequential:
 class BYOL(TeacherStudentModule):
     def __init__(
         self, encoder: nn.Module | None = None, features: int = 64, hidden: int = 128, outputs: int = 32,
-        momentum: float = 0.95, steps: int = 600, lr: float = 2e-3, teacher_delay: int | None = None,
+        momentum: float = 0.95, steps: int = 600, lr: float = 2e-3, weight_decay: float = 1e-4,
+        teacher_delay: int | None = None,
     ):  # fmt: skip
         super().__init__(cosine_momentum(momentum, 1.0, num_steps=steps), teacher_delay)
         self.save_hyperparameters(ignore="encoder")
@@ -62,7 +63,7 @@ class BYOL(TeacherStudentModule):
         return loss
 
     def configure_optimizers(self):
-        return torch.optim.AdamW(self.student.parameters(), self.hparams.lr, weight_decay=1e-4)
+        return torch.optim.AdamW(self.student.parameters(), self.hparams.lr, weight_decay=self.hparams.weight_decay)
 
 
 def augmented(x):

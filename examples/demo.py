@@ -86,9 +86,7 @@ def main(strategy: str = "tspipe", small: bool = False, seed: int = 0):
         return convnet(16, 2)
 
     def distill(strategy):
-        module = Distill()
-        module.teacher, module.student = teacher, student()
-        return run(module, data.train_dataloader(), data.val_dataloader(), epochs, strategy)
+        return run(Distill(teacher, student()), data.train_dataloader(), data.val_dataloader(), epochs, strategy)
 
     trainer, distilled, ours = distill(strategy)
     if not trainer.is_global_zero:

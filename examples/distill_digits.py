@@ -30,10 +30,13 @@ def convnet(width: int, depth: int) -> nn.Sequential:
 
 
 class Distill(TeacherStudentModule):
-    def __init__(self, width: int = 16, soft: float = 1.0, lr: float = 1e-2, weights: str | None = None):
+    def __init__(
+        self, teacher: nn.Module | None = None, student: nn.Module | None = None, soft: float = 1.0,
+        lr: float = 1e-2, weights: str | None = None,
+    ):  # fmt: skip
         super().__init__()  # momentum=None: the teacher is frozen
-        self.save_hyperparameters()
-        self.teacher, self.student = convnet(32, 2), convnet(width, 2)
+        self.save_hyperparameters(ignore=["teacher", "student"])
+        self.teacher, self.student = teacher or convnet(32, 2), student or convnet(16, 2)
         if weights:
             self.teacher.load_state_dict(torch.load(weights, weights_only=True))
 

@@ -26,7 +26,7 @@ ORDER = (
     *("partition", "teacher", "plan", "split", "reach"),
     # one rank at work
     *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "scope", "lossside", "checkpoint"),
-    *("stopwatch", "runtime", "replan", "measure", "placing", "randomness"),
+    *("stopwatch", "runtime", "replan", "measure", "placing", "counting", "randomness"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
     *(
@@ -42,6 +42,7 @@ ORDER = (
         "strategy",
         "monitor",
         "tracing",
+        "dryplan",
         "commands",
         "cli",
         "__init__",
@@ -61,7 +62,19 @@ KNOW_LIGHTNING = {
         "arranging",
         "fitting",
     ),
-    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "tracing", "commands", "cli", "__init__"),
+    *(
+        "files",
+        "saving",
+        "refuse",
+        "reporting",
+        "strategy",
+        "monitor",
+        "tracing",
+        "dryplan",
+        "commands",
+        "cli",
+        "__init__",
+    ),
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
