@@ -25,21 +25,8 @@ ORDER = (
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
     *("partition", "teacher", "plan", "split", "reach"),
     # one rank at work
-    *(
-        "stage",
-        "data",
-        "board",
-        "edge",
-        "channel",
-        "comm",
-        "replicas",
-        "logrelay",
-        "hooks",
-        "scope",
-        "lossside",
-        "checkpoint",
-    ),
-    *("stopwatch", "runtime", "replan", "measure", "placing", "randomness"),
+    *("stage", "data", "board", "edge", "channel", "comm", "replicas", "logrelay", "hooks", "scope", "lossside"),
+    *("checkpoint", "stopwatch", "runtime", "replan", "measure", "placing", "counting", "randomness"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
     *(
@@ -55,6 +42,7 @@ ORDER = (
         "strategy",
         "monitor",
         "tracing",
+        "dryplan",
         "commands",
         "cli",
         "__init__",
@@ -74,7 +62,19 @@ KNOW_LIGHTNING = {
         "arranging",
         "fitting",
     ),
-    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "tracing", "commands", "cli", "__init__"),
+    *(
+        "files",
+        "saving",
+        "refuse",
+        "reporting",
+        "strategy",
+        "monitor",
+        "tracing",
+        "dryplan",
+        "commands",
+        "cli",
+        "__init__",
+    ),
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
