@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 Structure = tuple[Any, ...]
 LEAF: Structure = ("tensor",)
+ONE: Structure = ("sequence", list, (LEAF,))  # a list of one tensor, which most messages are
 _HOLDERS = (Tensor, tuple, list, Mapping)
 _NO_RECORDS = (nn.Module, type, FunctionType, ModuleType)
 
@@ -28,6 +29,8 @@ def flatten(tree: Any) -> tuple[list[Tensor], Structure]:
     Returns:
         The tensors, depth first, and the structure: equal structures compare equal, and they can be pickled.
     """
+    if type(tree) is list and len(tree) == 1 and isinstance(tree[0], Tensor):
+        return [tree[0]], ONE
     leaves: list[Tensor] = []
     return leaves, _flatten(tree, leaves)
 
@@ -70,6 +73,9 @@ def _is_record(value: Any) -> bool:
 
 def unflatten(leaves: Sequence[Tensor], structure: Structure) -> Any:
     """Put together what `flatten` took apart."""
+    if structure == ONE:
+        (leaf,) = leaves
+        return [leaf]
     source = iter(leaves)
     tree = _unflatten(source, structure)
     assert next(source, None) is None, "more tensors than the structure has places"
