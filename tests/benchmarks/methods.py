@@ -49,6 +49,8 @@ class Method:
 
 METHODS = [
     Method("feature_digits", "--epochs 10", "student", FROZEN),
+    Method("distill_fashion", "", "distilled", FROZEN),
+    Method("distilbert", "--steps 60", "after", FROZEN),
     Method("moco_v3", "--epochs 12", "after", MOVING),
     Method("mean_teacher", "--epochs 10", "accuracy", MOVING),
     Method("dino", "--epochs 6", "after", MOVING),
