@@ -21,7 +21,7 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test coverage check bench bench-full methods models docs clean
+.PHONY: help install demo test coverage check bench bench-full methods full models docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml | $(VENV)/bin/pip
 	@touch $@
 
 demo: install  ## distil a network on handwritten digits over two processes
-	$(PY) examples/distill_digits.py $(ARGS)
+	$(PY) examples/demo.py $(ARGS)
 
 test: install  ## run the tests
 	$(PY) -m pytest $(THREE) $(ARGS)
@@ -67,6 +67,9 @@ bench-full: install  ## the same with more problems and every rival, which takes
 
 methods: install  ## train every example in several ways and print the tables of docs/methods.md; goes on if stopped
 	$(PY) -m tests.benchmarks.methods $(ARGS)
+
+full: install  ## take a step of each full-size configuration on random numbers, which takes memory and minutes
+	TSPIPE_FULL=1 $(PY) -m pytest -n 0 --durations=0 tests/test_full.py $(ARGS)
 
 models: install  ## cut known networks at P=2, 3 and 4 and print the table of docs/models.md
 	$(PY) -m tests.zoo $(ARGS)

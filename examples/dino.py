@@ -8,8 +8,10 @@ Method: Caron et al., "Emerging properties in self-supervised vision transformer
 https://arxiv.org/abs/2104.14294. The loss, the projection head and the schedule of the momentum are lightly's.
 """
 
+import copy
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -30,24 +32,26 @@ from lightning_tspipe import TeacherStudentModule, TSPipeStrategy  # the import 
 LABELS, LARGE, SMALL = 1000, 20, 12  # labelled images; pixels of a crop's side
 
 
-def network(width: int, features: int, outputs: int) -> nn.Sequential:
-    """An encoder for images of any size, and DINO's head."""
+def convnet(width: int, features: int) -> nn.Sequential:
+    """An encoder for images of any size."""
     layers, inputs = [], 1
     for channels, stride in ((width, 2), (2 * width, 1), (4 * width, 2)):
         layers += [nn.Conv2d(inputs, channels, 3, stride, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
         inputs = channels
-    encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, features))
-    return nn.Sequential(encoder, DINOProjectionHead(features, 128, 32, outputs, batch_norm=True))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, features))
 
 
 class DINO(TeacherStudentModule):
     def __init__(
-        self, width: int = 12, features: int = 64, outputs: int = 256, momentum: float = 0.98, lr: float = 2e-3,
+        self, encoder: nn.Module | None = None, features: int = 64, hidden: int = 128, bottleneck: int = 32,
+        outputs: int = 256, batch_norm: bool = True, momentum: float = 0.98, lr: float = 2e-3,
         warmup_epochs: int = 3, teacher_delay: int | None = None,
     ):  # fmt: skip
         super().__init__(momentum, teacher_delay)
-        self.save_hyperparameters()
-        self.student, self.teacher = network(width, features, outputs), network(width, features, outputs)
+        self.save_hyperparameters(ignore="encoder")
+        encoder = encoder or convnet(12, features)
+        head = partial(DINOProjectionHead, features, hidden, bottleneck, outputs, batch_norm=batch_norm)
+        self.student, self.teacher = nn.Sequential(encoder, head()), nn.Sequential(copy.deepcopy(encoder), head())
         self.teacher.load_state_dict(self.student.state_dict())
         self.criterion = DINOLoss(outputs, 0.07, 0.04, warmup_teacher_temp_epochs=warmup_epochs)
 

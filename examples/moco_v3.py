@@ -11,6 +11,7 @@ import copy
 import logging
 import math
 import warnings
+from functools import partial
 
 import lightning as L
 import torch
@@ -30,19 +31,24 @@ from lightning_tspipe import TeacherStudentModule, TSPipeStrategy, cosine_moment
 LABELS = 100
 
 
+def convnet(width: int, features: int) -> nn.Sequential:
+    layers = [nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    for stride in (2, 1, 2):
+        layers += [nn.Conv2d(width, width, 3, stride, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width, features))
+
+
 class MoCo(TeacherStudentModule):
     def __init__(
-        self, width: int = 32, features: int = 64, momentum: float = 0.95, steps: int = 600, lr: float = 2e-3,
+        self, encoder: nn.Module | None = None, features: int = 64, hidden: int = 128, outputs: int = 32,
+        momentum: float = 0.95, steps: int = 600, lr: float = 2e-3, weight_decay: float = 1e-4,
         temperature: float = 0.2, teacher_delay: int | None = None,
     ):  # fmt: skip
         super().__init__(cosine_momentum(momentum, 1.0, num_steps=steps), teacher_delay)
-        self.save_hyperparameters()
-        layers = [nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-        for stride in (2, 1, 2):
-            layers += [nn.Conv2d(width, width, 3, stride, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-        encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width, features))
-        projected = nn.Sequential(encoder, MoCoProjectionHead(features, 128, 32, num_layers=3, batch_norm=True))
-        self.student = nn.Sequential(projected, MoCoProjectionHead(32, 128, 32, num_layers=2, batch_norm=True))
+        self.save_hyperparameters(ignore="encoder")
+        encoder, head = encoder or convnet(32, features), partial(MoCoProjectionHead, batch_norm=True)
+        projected = nn.Sequential(encoder, head(features, hidden, outputs, num_layers=3))
+        self.student = nn.Sequential(projected, head(outputs, hidden, outputs, num_layers=2))
         self.teacher = copy.deepcopy(projected)
 
     def ema_source(self):  # the teacher has no prediction head
@@ -69,7 +75,9 @@ class MoCo(TeacherStudentModule):
         return loss
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.student.parameters(), self.hparams.lr, weight_decay=1e-4)
+        optimizer = torch.optim.AdamW(
+            self.student.parameters(), self.hparams.lr, weight_decay=self.hparams.weight_decay
+        )
         steps = self.trainer.estimated_stepping_batches
         return [optimizer], [{"scheduler": CosineWarmupScheduler(optimizer, steps // 10, steps), "interval": "step"}]
 

@@ -128,6 +128,14 @@ def prepare_batch(trainer: pl.Trainer, batch: Any) -> Any:
     )
 
 
+def attach(trainer: pl.Trainer, module: pl.LightningModule, datamodule: pl.LightningDataModule | None) -> None:
+    """Let a trainer know its module and data as a fit does first, without a fit."""
+    trainer.strategy._lightning_module = module
+    trainer._data_connector.attach_data(module, datamodule=datamodule)
+    trainer.state.fn = TrainerFn.FITTING
+    trainer.training = True
+
+
 def loader_of(trainer: pl.Trainer) -> Any:
     """The loader, or collection of loaders, of what the trainer runs, before any of it is iterated.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 
 from lightning_tspipe.commands import PipelineTrainer, plan_costs
+from lightning_tspipe.memory import without_memory
 from lightning_tspipe.module import TeacherStudentModule
 
 
@@ -26,6 +28,12 @@ class PipelineCLI(LightningCLI):
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, SaveConfigCallback)]
 
     before_trace = before_plan
+
+    def instantiate_classes(self) -> None:
+        """As in LightningCLI; for a dry plan, networks that the module makes have no memory."""
+        asked = self.config.get(self.subcommand or "", {})
+        with without_memory() if self.subcommand == "plan" and asked.get("tflops") is not None else nullcontext():
+            super().instantiate_classes()
 
 
 def main(args: ArgsType = None) -> None:

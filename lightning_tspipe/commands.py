@@ -15,14 +15,16 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from typing_extensions import override
 
+from lightning_tspipe.dryplan import dry_placement
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.monitor import strategy_of
 from lightning_tspipe.orders import minimal_microbatches
+from lightning_tspipe.placement import Placement
 from lightning_tspipe.prospects import GB, Machine, Pair, prospects, report
 from lightning_tspipe.schedule import Costs, check_scalars
 from lightning_tspipe.tracing import PipelineTrace
 
-MB = 1e6
+MB, TERA = 1e6, 1e12
 
 
 class PipelineTrainer(pl.Trainer):
@@ -34,6 +36,7 @@ class PipelineTrainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         bandwidth_gb_s: float | None = None,
         memory_gb: float | None = None,
+        tflops: float | None = None,
     ) -> None:
         """Show layers, costs and memory of each rank, and what every way to train would take; nothing is trained.
 
@@ -42,12 +45,29 @@ class PipelineTrainer(pl.Trainer):
             datamodule: its data; the measurement needs one batch.
             bandwidth_gb_s: gigabytes per second that a rank can send to another, for DDP and FSDP.
             memory_gb: gigabytes that a rank has; on GPUs their own memory is known.
+            tflops: a dry plan: what a rank computes in a second, in 10^12 operations. Costs are counted from shapes
+                then, in this process, which makes no weights and starts no ranks.
 
         Raises:
             MisconfigurationException: another strategy, or costs that are not measured.
+            ValueError: a number that is not positive, or a dry plan that does not fit into the memory.
         """
+        if tflops is not None:
+            self._plan_dry(model, datamodule, tflops, machine(bandwidth_gb_s, memory_gb))
+            return
         self._quietly(ShowPlan(machine(bandwidth_gb_s, memory_gb)))
         self.fit(model, datamodule=datamodule)
+
+    def _plan_dry(
+        self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None, tflops: float, on: Machine
+    ) -> None:
+        if not tflops > 0:
+            raise ValueError(f"tflops={tflops}: give a positive number, or leave it out")
+        strategy = strategy_of(self, "lightning-tspipe plan")
+        assert isinstance(model, TeacherStudentModule)
+        placement, costs, count = dry_placement(self, model, datamodule, strategy.asked, TERA * tflops, on)
+        say(f"Costs of {placement.rows} samples, counted at {tflops:g} TFLOP/s:\n{placement.table()}\n")
+        show(model, placement, costs, count, on)
 
     def trace(
         self,
@@ -103,19 +123,32 @@ class ShowPlan(pl.Callback):
         machine, device = self._machine, strategy.root_device
         if machine.memory is None and device.type == "cuda":
             machine = replace(machine, memory=float(torch.cuda.get_device_properties(device).total_memory))
-        scale = costs.f[0] / placement.f[0] if placement.f[0] else 1.0
-        pair = Pair(
-            costs,
-            lookahead=pl_module.momentum is None or pl_module.teacher_delay != 0,
-            loss_over=pl_module.loss_over,
-            student=_bytes(pl_module.student, trained=True),
-            teacher=_bytes(pl_module.teacher),
-            weights=placement.weights,
-            held=tuple(scale * each for each in placement.held),
-            passed=tuple(scale * each for each in placement.passed) if placement.recompute else (),
-        )
         say(f"Costs of {placement.rows} samples, as measured:\n{placement.table()}\n")
-        say(report(pair, placement.microbatches, machine, prospects(pair, placement.microbatches, machine)))
+        show(pl_module, placement, costs, placement.microbatches, machine)
+
+
+def show(module: TeacherStudentModule, placement: Placement, costs: Costs, microbatches: int, on: Machine) -> None:
+    """What every way to train would take, to the standard output.
+
+    Args:
+        module: whose networks these are.
+        placement: on so many stages.
+        costs: of a microbatch, if a batch has so many.
+        microbatches: per batch.
+        on: what it runs on.
+    """
+    scale = costs.f[0] / placement.f[0] if placement.f[0] else 1.0
+    pair = Pair(
+        costs,
+        lookahead=module.momentum is None or module.teacher_delay != 0,
+        loss_over=module.loss_over,
+        student=_bytes(module.student, trained=True),
+        teacher=_bytes(module.teacher),
+        weights=placement.weights,
+        held=tuple(scale * each for each in placement.held),
+        passed=tuple(scale * each for each in placement.passed) if placement.recompute else (),
+    )
+    say(report(pair, microbatches, on, prospects(pair, microbatches, on)))
 
 
 def plan_costs(

@@ -57,7 +57,7 @@ class Examples:
         What is wrong with the data or the hooks is an error when the first batch is loaded.
         """
         try:
-            student, teacher = self._inputs(microbatches)
+            student, teacher = self.inputs(microbatches)
             check_rows(student, teacher)
         except Exception:
             return None
@@ -65,12 +65,12 @@ class Examples:
 
     def _look(self) -> dict[str, Described] | str:
         try:
-            student, teacher = self._inputs()
+            student, teacher = self.inputs()
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return {"student": _describe(student), "teacher": _describe(teacher)}
 
-    def _inputs(self, microbatches: int | None = None) -> tuple[Any, Any]:
+    def inputs(self, microbatches: int | None = None) -> tuple[Any, Any]:
         """What the hooks make of some samples: two, or a batch's share."""
         module, device = self._module, self._trainer.strategy.root_device
         if module.example_input_array is not None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_tspipe import tree
-from lightning_tspipe.comm import Channel, Comm
+from lightning_tspipe.channel import Channel
+from lightning_tspipe.comm import Comm
 
 POSITIONAL = (  # the arguments of `LightningModule.log` after name and value
     "prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist", "sync_dist_group",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_tspipe import split, tree
 from lightning_tspipe.comm import Comm
-from lightning_tspipe.memory import made_up, swap
+from lightning_tspipe.memory import made_up, swap, trim
 from lightning_tspipe.recording import unchanged
 from lightning_tspipe.stage import own_input
 
@@ -175,6 +175,7 @@ class Meter:
         views: list[Any],
         trained: int = 0,
     ) -> tuple[list[Any], LayerCost]:
+        trim()  # what the layer before has left behind would count as much as a whole stage
         size = sum(tensor.nbytes for tensor in tensors)
         with self._borrowed(tensors), unchanged(layer.modules()):
             outputs, costs = zip(*(run(view) for view in views), strict=True)

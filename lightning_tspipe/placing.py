@@ -46,7 +46,80 @@ def check_same(found: Placement, layers: Layers, stages: int) -> None:
             raise ValueError(f"balance names a plan of another {network} ({what}). Make a new one.")
 
 
-class Placer:
+class Cutter:
+    """Finds the cut whose slowest rank is the fastest, from what layers cost.
+
+    Args:
+        layers: of both networks.
+        stages: P.
+        recompute: whether each backward of the student begins with its forward again.
+        keeps_inputs: whether until then a stage holds what goes in and out of it only (`Chain.passed`).
+    """
+
+    def __init__(self, layers: Layers, stages: int, recompute: bool = False, keeps_inputs: bool = False) -> None:
+        self._layers, self._stages = layers, stages
+        self._recompute, self._keeps_inputs = recompute, keeps_inputs
+
+    def place(
+        self,
+        student: Sequence[LayerCost],
+        teacher: Sequence[LayerCost],
+        message: MessageCost,
+        rows: int,
+        limit: float = math.inf,
+        in_flight: Sequence[int] = (),
+    ) -> Placement:
+        """The stages.
+
+        Args:
+            student, teacher: costs of their layers, in order.
+            message: what one costs.
+            rows: samples of a microbatch that the costs are of.
+            limit: bytes per rank for weights, gradients, optimizer state and activations.
+            in_flight: microbatches per stage whose activations are held at once.
+
+        Raises:
+            ValueError: no cut keeps the limit.
+        """
+        of_student = chain_of(student, message, 2, self._recompute, self._keeps_inputs)
+        chains = of_student, chain_of(teacher, message, 1)
+        parts = self._layers.cut(*self._choose(*chains, limit, in_flight))
+        return replace(_placement(parts, student, teacher, chains, message), rows=rows, recompute=self._recompute)
+
+    def _choose(
+        self, of_student: Chain, of_teacher: Chain, limit: float, in_flight: Sequence[int]
+    ) -> tuple[list[int], list[int] | None]:
+        if self._layers.source is None:
+            return self._cut(of_student, of_teacher, limit, in_flight)
+        seconds, edge, weights = list(of_student.seconds), list(of_student.edge), list(of_student.weights)
+        place = 0
+        for number, followers in enumerate(self._layers.followers()):
+            edge[number] += of_teacher.edge[min(place, len(of_teacher.edge) - 1)]
+            seconds[number] += sum(of_teacher.seconds[follower] for follower in followers)
+            weights[number] += sum(of_teacher.weights[follower] for follower in followers)
+            place += len(followers)
+        nothing = Chain([0.0] * self._stages)
+        both = replace(of_student, seconds=seconds, edge=edge, weights=weights)
+        return self._cut(both, nothing, limit, in_flight)[0], None
+
+    def _cut(
+        self, student: Chain, teacher: Chain, limit: float, in_flight: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        try:
+            return joint_cut(student, teacher, self._stages, limit, in_flight)
+        except ValueError as error:
+            whole = sum(student.weights) + sum(teacher.weights)
+            way_out = "more stages or smaller microbatches" if self._recompute else (
+                "more stages, smaller microbatches, or recompute=True"
+            )  # fmt: skip
+            raise ValueError(
+                f"No cut into {self._stages} stages keeps max_memory={limit:,.0f} bytes per rank: weights, gradients "
+                f"and optimizer state take {whole:,.0f} bytes in all, and a microbatch {sum(student.held):,.0f}. Use "
+                f"{way_out}."
+            ) from error
+
+
+class Placer(Cutter):
     """Measures every layer once, on one rank each, and finds the cut whose slowest rank is the fastest.
 
     Args:
@@ -69,8 +142,8 @@ class Placer:
         recompute: bool = False,
         keeps_inputs: bool = False,
     ) -> None:
-        self._layers, self._stages, self._comm, self._context = layers, stages, comm, context
-        self._recompute, self._keeps_inputs = recompute, keeps_inputs
+        super().__init__(layers, stages, recompute, keeps_inputs)
+        self._comm, self._context = comm, context
         self._meter = Meter(device)
         self._tensors = {name: tensors_of(network) for name, network in layers.networks.items()}
 
@@ -96,14 +169,11 @@ class Placer:
         if gathered is None or sample is None:
             return None
         student, teacher = ([cost for rank in gathered for cost in rank[place]] for place in (0, 1))
-        of_student = chain_of(student, message, 2, self._recompute, self._keeps_inputs)
-        chains = of_student, chain_of(teacher, message, 1)
+        rows = len(tree.flatten(sample["student"])[0][0])
         try:
-            parts = self._layers.cut(*self._choose(*chains, limit, in_flight))
+            return self.place(student, teacher, message, rows, limit, in_flight)
         except ValueError as error:
             return error
-        rows = len(tree.flatten(sample["student"])[0][0])
-        return replace(_placement(parts, student, teacher, chains, message), rows=rows, recompute=self._recompute)
 
     def _measure(self, network: str, parts: Partition, views: list[Any] | None) -> list[LayerCost]:
         """Measure this rank's share of a network's layers, on what the ranks before it made of the sample."""
@@ -142,38 +212,6 @@ class Placer:
         layer = getattr(self._layers, network)[number]
         known = self._tensors[network]
         return list({id(known[name]): known[name] for name in layer.state_names if name in known}.values())
-
-    def _choose(
-        self, of_student: Chain, of_teacher: Chain, limit: float, in_flight: Sequence[int]
-    ) -> tuple[list[int], list[int] | None]:
-        if self._layers.source is None:
-            return self._cut(of_student, of_teacher, limit, in_flight)
-        seconds, edge, weights = list(of_student.seconds), list(of_student.edge), list(of_student.weights)
-        place = 0
-        for number, followers in enumerate(self._layers.followers()):
-            edge[number] += of_teacher.edge[min(place, len(of_teacher.edge) - 1)]
-            seconds[number] += sum(of_teacher.seconds[follower] for follower in followers)
-            weights[number] += sum(of_teacher.weights[follower] for follower in followers)
-            place += len(followers)
-        nothing = Chain([0.0] * self._stages)
-        both = replace(of_student, seconds=seconds, edge=edge, weights=weights)
-        return self._cut(both, nothing, limit, in_flight)[0], None
-
-    def _cut(
-        self, student: Chain, teacher: Chain, limit: float, in_flight: Sequence[int]
-    ) -> tuple[list[int], list[int]]:
-        try:
-            return joint_cut(student, teacher, self._stages, limit, in_flight)
-        except ValueError as error:
-            whole = sum(student.weights) + sum(teacher.weights)
-            way_out = "more stages or smaller microbatches" if self._recompute else (
-                "more stages, smaller microbatches, or recompute=True"
-            )  # fmt: skip
-            raise ValueError(
-                f"No cut into {self._stages} stages keeps max_memory={limit:,.0f} bytes per rank: weights, gradients "
-                f"and optimizer state take {whole:,.0f} bytes in all, and a microbatch {sum(student.held):,.0f}. Use "
-                f"{way_out}."
-            ) from error
 
 
 def chain_of(

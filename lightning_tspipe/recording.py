@@ -97,7 +97,7 @@ class NotFollowed(Exception):
         self.name, self.arguments = name, arguments
 
 
-class _Fake(FakeTensorMode):  # type: ignore[no-untyped-call]
+class Fake(FakeTensorMode):  # type: ignore[no-untyped-call]
     """Without a stand-in for CUDA where there is none: with it, autograd could not be used in forked processes."""
 
     avoid_device_init = False
@@ -137,7 +137,7 @@ class Recorder:
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),  # for layers that have gone through torch.compile
-            _Fake(allow_non_fake_inputs=True),
+            Fake(allow_non_fake_inputs=True),
             _silent(logging.getLogger(FakeTensorMode.__module__)),
             self._without_memory() as known,
         ):
@@ -170,15 +170,8 @@ class Recorder:
                 name = self.names[id(module)]
                 if name not in self._own_forward:
                     vars(module).pop("forward", None)  # the strategy's
-                for place in (vars(module)["_parameters"], vars(module)["_buffers"]):
-                    for key, value in place.items():
-                        if value is not None:
-                            fake = fakes.setdefault(id(value), _fake(value, self.device))
-                            known.setdefault(id(fake), f"{name}.{key}".lstrip("."))
-                            place[key] = fake
-                if isinstance(module, nn.RNNBase):
-                    weights = [fakes[id(weight)] for weight in module._flat_weights if weight is not None]  # noqa: SLF001
-                    vars(module)["_flat_weights"] = weights
+                for key, fake in give_fakes(module, fakes, self.device):
+                    known.setdefault(id(fake), f"{name}.{key}".lstrip("."))
             yield known
             for module in modules:
                 for value in vars(module)["_buffers"].values():
@@ -300,7 +293,7 @@ class _Follower(TorchFunctionMode):
     def _new(self, tensor: Tensor) -> int:
         number = self._values[id(tensor)] = len(self._alive)
         self._alive.append(tensor)
-        self._recording.storages[number] = tensor.untyped_storage()._cdata  # noqa: SLF001
+        self._recording.storages[number] = memory_of(tensor)
         self._recording.sizes[number] = tensor.numel() * tensor.element_size()
         return number
 
@@ -315,9 +308,39 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
         logger.disabled = before
 
 
-def _fake(tensor: Tensor, device: torch.device) -> Tensor:
+def give_fakes(
+    module: nn.Module, fakes: dict[int, Tensor], device: torch.device, trained: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Give a module tensors without memory in place of its own, within a `FakeTensorMode`.
+
+    Args:
+        module: whose own parameters and buffers are replaced.
+        fakes: what is there already in place of a tensor, by that one's identity.
+        device: on which they claim to be.
+        trained: whether parameters are trained if those that they replace are.
+
+    Yields:
+        The name within the module, and what is there now.
+    """
+    for place in (vars(module)["_parameters"], vars(module)["_buffers"]):
+        for key, value in place.items():
+            if value is not None:
+                place[key] = fakes.setdefault(id(value), _fake(value, device, trained and value.requires_grad))
+                yield key, place[key]
+    if isinstance(module, nn.RNNBase):
+        weights = [fakes[id(weight)] for weight in module._flat_weights if weight is not None]  # noqa: SLF001
+        vars(module)["_flat_weights"] = weights
+
+
+def _fake(tensor: Tensor, device: torch.device, trained: bool) -> Tensor:
     fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-    return nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+    return nn.Parameter(fake, requires_grad=trained) if isinstance(tensor, nn.Parameter) else fake
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Which memory a tensor is in, also one without any; views of each other have the same."""
+    place: int = tensor.untyped_storage()._cdata  # noqa: SLF001
+    return place
 
 
 @contextmanager

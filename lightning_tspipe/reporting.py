@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lightning_tspipe.partition import Balance
 from lightning_tspipe.placement import Placement
@@ -11,12 +11,27 @@ from lightning_tspipe.saving import CheckpointStrategy
 from lightning_tspipe.schedule import Costs, Schedule
 
 
+class Asked(NamedTuple):
+    """What the user has asked of the strategy."""
+
+    stages: int | Literal["auto"]
+    microbatches: int | Literal["auto"]
+    recompute: bool
+
+
 class ReportingStrategy(CheckpointStrategy):
     """Shows placement, plan, costs and the runtime."""
 
     placement: Placement | None = None  # which rank has which layers, and what they cost
     _microbatches: int | Literal["auto"] = "auto"
     _balance: Balance | Placement = "auto"
+    _stages: int | Literal["auto"] = "auto"
+    _recompute: bool = False
+
+    @property
+    def asked(self) -> Asked:
+        """What the plan depends on, as the user has given it."""
+        return Asked(self._stages, self._microbatches, self._recompute)
 
     @property
     def runtime(self) -> Runtime | None:

@@ -8,15 +8,16 @@ itself leaves out what is not asked for, so each part computes its own half of a
          weight             weight
 
 Only the nodes that cost much for their weights are put off. The parameters of all others (norms, scales, embeddings),
-those that several nodes use, and those of autograd functions written in Python, which cannot leave anything out, get
-their gradients in the first part. Where torch.compile has made a part of the graph, nothing is put off: that part is
-one node, and it may refuse to keep what the second part would need.
+and those of autograd functions written in Python, which cannot leave anything out, get their gradients in the first
+part. A weight that several nodes use, as with several views, waits if none of them leads to another one. Where
+torch.compile has made a part of the graph, nothing is put off: that part is one node, and it may refuse to keep what
+the second part would need.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,10 +33,10 @@ COMPILED = "CompiledFunctionBackward"  # the node of what torch.compile has made
 
 @dataclass(frozen=True)
 class _Junction:
-    """A node that leads to an input, and to parameters that are reached through it alone."""
+    """Nodes that lead to inputs, none of them to another one, and parameters that are reached through them alone."""
 
-    node: Node
-    gradients: list[Tensor]  # of its output, once the first part has passed
+    nodes: list[Node]
+    gradients: list[Tensor | None]  # of their outputs, once the first part has passed
     parameters: list[Tensor]
 
 
@@ -51,9 +52,10 @@ class WeightBackward:
             self._whole()
         while self._junctions:  # each lets go of what lies between it and the next one, from the outputs on
             junction = self._junctions.popleft()
-            if junction.gradients:
-                edge = GradientEdge(junction.node, 0)
-                torch.autograd.backward([edge], junction.gradients, inputs=junction.parameters)
+            pairs = zip(junction.nodes, junction.gradients, strict=True)
+            edges = {GradientEdge(node, 0): gradient for node, gradient in pairs if gradient is not None}
+            if edges:  # in one call, so that a weight's gradients are summed as they are in a whole backward
+                torch.autograd.backward(list(edges), list(edges.values()), inputs=junction.parameters)
         self._whole = None
 
 
@@ -74,7 +76,11 @@ def backward_inputs(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inpu
         return WeightBackward([], whole)
     graph = _Graph([output.grad_fn for output in outputs], wanted)
     junctions, now = graph.junctions()
-    handles = [junction.node.register_prehook(partial(_keep, junction.gradients)) for junction in junctions]
+    handles = [
+        node.register_prehook(partial(_keep, junction.gradients, place))
+        for junction in junctions
+        for place, node in enumerate(junction.nodes)
+    ]
     asked = [leaf for leaf in inputs if leaf.requires_grad]
     torch.autograd.backward(outputs, gradients, inputs=[*asked, *now], retain_graph=bool(junctions))
     for handle in handles:
@@ -82,8 +88,8 @@ def backward_inputs(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inpu
     return WeightBackward(junctions)
 
 
-def _keep(place: list[Tensor], gradients: Iterable[Any]) -> None:
-    place.extend(gradient for gradient in gradients if gradient is not None)
+def _keep(kept: list[Tensor | None], place: int, gradients: Sequence[Any]) -> None:
+    kept[place] = gradients[0]
 
 
 class _Graph:
@@ -117,16 +123,43 @@ class _Graph:
                 if beside and (parameters := self._parameters(beside)):
                     found.append((node, parameters))
         found += [(root, self._parameters([root])) for root in self._roots if not self._leads[root]]
-        uses = Counter(id(parameter) for _, parameters in found for parameter in parameters)
         splits = all(node.name() != COMPILED for node in self._next)
-        junctions, now = [], {}
+        users: dict[int, list[Node]] = {}
         for node, parameters in found:
-            alone = all(uses[id(parameter)] == 1 for parameter in parameters)
-            if splits and alone and node.name() in HEAVY and self._leads[node]:
-                junctions.append(_Junction(node, [], parameters))
-            else:
-                now.update({id(parameter): parameter for parameter in parameters})
-        return junctions, list(now.values())
+            for parameter in parameters:
+                users.setdefault(id(parameter), []).append(node)
+        parts = self._parts()
+        junctions: dict[tuple[Node, ...], _Junction] = {}
+        now = {}
+        for _, parameters in found:
+            for parameter in parameters:
+                nodes = tuple(users[id(parameter)])
+                apart = len({parts.get(node) for node in nodes}) == len(nodes)
+                if splits and apart and all(node.name() in HEAVY and self._leads[node] for node in nodes):
+                    junction = junctions.setdefault(nodes, _Junction(list(nodes), [None] * len(nodes), []))
+                    if all(parameter is not known for known in junction.parameters):
+                        junction.parameters.append(parameter)
+                else:
+                    now[id(parameter)] = parameter
+        return list(junctions.values()), list(now.values())
+
+    def _parts(self) -> dict[Node, int]:
+        """A number for each node that leads to an input, the same wherever there is a way from one to the other."""
+        neighbours: dict[Node, list[Node]] = {node: [] for node, leads in self._leads.items() if leads}
+        for node in neighbours:
+            for child in self._next.get(node, ()):
+                if self._leads[child]:
+                    neighbours[node].append(child)
+                    neighbours[child].append(node)
+        parts: dict[Node, int] = {}
+        for number, start in enumerate(neighbours):
+            stack = [start]
+            while stack:
+                node = stack.pop()
+                if node not in parts:
+                    parts[node] = number
+                    stack += neighbours[node]
+        return parts
 
     def _parameters(self, roots: Sequence[Node]) -> list[Tensor]:
         """Every leaf behind some nodes that lead to no input."""

@@ -151,7 +151,7 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return NotImplemented
-        host = value.detach().cpu().contiguous()
+        host = plain(value.cpu())
         return _tensor_of, (as_bytes(host).numpy().tobytes(), tuple(host.shape), host.dtype)
 
 
@@ -160,6 +160,11 @@ def pickled(value: object) -> bytes:
     file = io.BytesIO()
     _Pickler(file).dump(value)
     return file.getvalue()
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same numbers, one after the other in memory: no transposition, conjugation or negation that is still due."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

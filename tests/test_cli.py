@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -285,6 +287,40 @@ def test_plan_needs_a_measurement(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     assert "There are no measured costs to plan with" in result_of(lambda: message("tspipe"))
     assert "`lightning-tspipe plan` watches a pipeline, but the strategy is" in result_of(lambda: message("auto"))
+
+
+def test_a_dry_plan_starts_no_rank_and_makes_no_weights(tmp_path: Path) -> None:
+    look = (
+        "    def configure_model(self):\n        assert all(parameter.is_meta for parameter in self.parameters())\n\n"
+    )
+    (tmp_path / "my_module.py").write_text(MODULE.replace("    def loss(self", look + "    def loss(self"))
+    (tmp_path / "config.yaml").write_text(CONFIG)
+
+    def dry(*options: str) -> str:
+        """What is printed, or the error."""
+
+        def run() -> str:
+            from lightning_tspipe.cli import main
+
+            os.chdir(tmp_path)
+            sys.path.insert(0, str(tmp_path))
+            with contextlib.redirect_stdout(io.StringIO()) as text:
+                try:
+                    main(["plan", "--config", "config.yaml", *options])
+                except (ValueError, MisconfigurationException) as error:
+                    return str(error)
+            return text.getvalue()
+
+        return result_of(run)
+
+    text = dry("--tflops", "1e-6", "--bandwidth_gb_s", "1", "--trainer.devices", "2")
+    assert "counted at 1e-06 TFLOP/s" in text
+    assert re.search(r"^DDP +\| any ", text, re.MULTILINE)
+    assert "2 ranks, " in text
+    assert "The student has 2 layer(s) for 4 stages" in dry("--tflops", "1", "--trainer.devices", "4")
+    assert dry("--tflops", "0") == "tflops=0.0: give a positive number, or leave it out"
+    assert "With one stage there is nothing to plan" in dry("--tflops", "1", "--trainer.devices", "1")
+    assert "No cut into 2 stages keeps max_memory=100 bytes" in dry("--tflops", "1", "--memory_gb", "1e-7")
 
 
 def test_the_script_is_declared() -> None:

@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from lightning_tspipe import channel as channel_file
 from lightning_tspipe import comm as comm_file
-from lightning_tspipe import tree
+from lightning_tspipe import edge, tree
 from lightning_tspipe.board import World
-from lightning_tspipe.comm import HEADER_BYTES, Comm, Line
+from lightning_tspipe.channel import HEADER_BYTES
+from lightning_tspipe.comm import Comm
 from lightning_tspipe.errors import PipelineError
 from lightning_tspipe.topology import Topology
 from tests.multiproc import result_of
@@ -70,6 +72,8 @@ def nested(number: float) -> Any:
         "flags": [torch.tensor([True, False]), 7, None],
         "half": torch.full((5,), number, dtype=torch.bfloat16),
         "waves": torch.full((2,), complex(number, 1)),
+        "views": [torch.full((2,), complex(number, 1)).conj(), torch.full((2,), complex(number, 1)).conj().imag],
+        "turned": torch.arange(6.0).add(number).reshape(2, 3).t(),
         "rare": [torch.tensor(int(number), dtype=kind) for kind in (torch.int16, torch.uint16, torch.bool)],
         "tiny": torch.full((3,), number).to(torch.float8_e4m3fn),
     }
@@ -89,11 +93,12 @@ def test_trees_arrive_as_they_were_and_in_order(posted: int) -> None:
 
     def body(comm: Comm) -> Any:
         if comm.stage == 0:
+            begun = comm.messages["line"]  # by which memory was shared
             for number in range(5):
                 comm.outward["F"].send(
                     "tree" if number % 2 else "vector", nested(number) if number % 2 else vector(number)
                 )
-            return dict(comm.messages)
+            return {**comm.messages, "line": comm.messages["line"] - begun}
         found = []
         channel = comm.inward["F"]
         for number in range(posted):
@@ -138,7 +143,8 @@ def test_receives_wait_in_order_until_their_shapes_are_known() -> None:
 
 def test_posted_receives_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the bound only two per channel are posted, and all messages arrive all the same."""
-    monkeypatch.setattr(comm_file, "POSTED_BYTES", 100)
+    monkeypatch.setattr(channel_file, "POSTED_BYTES", 100)
+    monkeypatch.setattr(edge, "USED", False)
 
     def body(comm: Comm) -> Any:
         if comm.stage == 0:
@@ -158,6 +164,53 @@ def test_posted_receives_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) ->
     found, most = ranks(body)[1]
     assert found == list(range(8))
     assert most == 2
+
+
+def test_large_messages_and_full_memory_keep_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody takes any until all are sent: some fit into the memory, some find no room, some are too large for it."""
+    monkeypatch.setattr(comm_file, "DOWN", {**comm_file.DOWN, "T": 4096})
+    sizes = [(50, 200, 0)[number % 3] for number in range(60)]
+
+    def body(comm: Comm) -> Any:
+        if comm.stage == 0:
+            for number, size in enumerate(sizes):
+                comm.outward["T"].send(size, [torch.full((size,), number), torch.tensor(number)])
+        dist.barrier()
+        if comm.stage == 0:
+            return len([works for works, _ in comm.outward["T"]._sent if works])
+        channel = comm.inward["T"]
+        for size in sizes:
+            channel.post(size)
+        return [[leaf.tolist() for leaf in channel.take()] for _ in sizes]
+
+    by_gloo, found = ranks(body)
+    assert found == [[[number] * size, number] for number, size in enumerate(sizes)]
+    assert 25 < by_gloo < 55  # 20 are too large
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_without_shared_memory_gloo_carries_all(monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    """Which is said once per pair of stages, and nothing else changes."""
+    said: list[str] = []
+    monkeypatch.setattr(comm_file.log, "info", lambda text, *values: said.append(text % values))
+    if full:
+        monkeypatch.setattr(os, "posix_fallocate", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b" "))
+
+    def body(comm: Comm) -> Any:
+        comm.send_header("header")
+        if comm.stage == 0:
+            comm.outward["T"].send("x", [torch.tensor(5)])
+            return said
+        header = comm.lines_in["header"].take()
+        if comm.stage == 1:
+            comm.inward["T"].post("x")
+            return header, int(comm.inward["T"].take()[0])
+        return header
+
+    said, second, third = ranks(body, 3)
+    assert (second, third) == (("header", 5), "header")
+    assert [text.partition(" (")[0] for text in said] == [f"Stages 0 and {n} share no memory" for n in (1, 2) if full]
+    assert all("No space left" in text for text in said)
 
 
 def test_another_shape_under_the_same_key_is_refused() -> None:
@@ -204,12 +257,15 @@ def test_share_gather_and_chain() -> None:
 class TestFailure:
     """A lost connection becomes an error that names the rank."""
 
-    def test_a_killed_rank_is_named(self) -> None:
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_a_killed_rank_is_named(self, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+        monkeypatch.setattr(edge, "USED", shared)
+
         def body(comm: Comm) -> Any:
             if comm.stage == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
-                Line(comm, "relay", 1).take()
+                comm.lines_in["relay"].take()
             except PipelineError as error:
                 return str(error)
             return "no error"

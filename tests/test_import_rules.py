@@ -25,8 +25,8 @@ ORDER = (
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
     *("partition", "teacher", "plan", "split", "reach"),
     # one rank at work
-    *("stage", "data", "board", "comm", "replicas", "logrelay", "hooks", "scope", "lossside", "checkpoint"),
-    *("stopwatch", "runtime", "replan", "measure", "placing", "randomness"),
+    *("stage", "data", "board", "edge", "channel", "comm", "replicas", "logrelay", "hooks", "scope", "lossside"),
+    *("checkpoint", "stopwatch", "runtime", "replan", "measure", "placing", "counting", "randomness"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
     *(
@@ -42,6 +42,7 @@ ORDER = (
         "strategy",
         "monitor",
         "tracing",
+        "dryplan",
         "commands",
         "cli",
         "__init__",
@@ -61,7 +62,19 @@ KNOW_LIGHTNING = {
         "arranging",
         "fitting",
     ),
-    *("files", "saving", "refuse", "reporting", "strategy", "monitor", "tracing", "commands", "cli", "__init__"),
+    *(
+        "files",
+        "saving",
+        "refuse",
+        "reporting",
+        "strategy",
+        "monitor",
+        "tracing",
+        "dryplan",
+        "commands",
+        "cli",
+        "__init__",
+    ),
 }
 LIGHTNING = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
 
@@ -160,7 +173,7 @@ def who_knows_lightning(source: Source) -> Iterator[str]:
 
 def who_communicates(source: Source) -> Iterator[str]:
     """comm.py is the only file that sends and receives; replicas.py has the collectives of data parallelism."""
-    if source.module in ("board", "comm", "replicas"):
+    if source.module in ("board", "edge", "channel", "comm", "replicas"):
         return
     allowed = STRATEGY_MAY if source.module in {"strategy", "processes"} else set()
     for node, name in used(source):

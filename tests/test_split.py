@@ -144,6 +144,37 @@ def test_matrices_and_filters_wait_for_the_second_part(name: str) -> None:
     assert all(p.grad is not None for p in network.parameters())
 
 
+@pytest.mark.parametrize("name", ["linear", "resnet18", "vit"])
+def test_weights_that_several_views_use_wait_and_add_up_alike(name: str) -> None:
+    one, other, x = prepared(name)
+    given = [torch.rand_like(one(x)) for _ in range(3)]
+    found = []
+    for network, parts in ((one, False), (other, True)):
+        network.zero_grad()
+        for _ in range(2):  # what is there already is added to as well
+            views = [(x * scale).requires_grad_() for scale in (1.0, 0.7, 0.4)]
+            outputs = [network(view) for view in views]
+            if not parts:
+                torch.autograd.backward(outputs, given)
+            else:
+                rest = backward_inputs(outputs, given, views)
+                waits = {key for key, p in network.named_parameters() if p.ndim > 1 and p.grad is None}
+                assert len(found) > 2 or any("weight" in key for key in waits)
+                rest()
+            found.append({key: p.grad.clone() for key, p in network.named_parameters() if p.grad is not None})
+            found[-1] |= {f"view {number}": view.grad for number, view in enumerate(views) if view.grad is not None}
+    for expected, ours in zip(found[:2], found[2:], strict=True):
+        assert expected.keys() == ours.keys()
+        assert all(torch.equal(value, ours[key]) for key, value in expected.items())
+
+
+def test_a_weight_that_leads_to_itself_does_not_wait() -> None:
+    layer, x = nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
+    output = layer(layer(x).tanh())
+    backward_inputs([output], [torch.ones_like(output)], [x])
+    assert layer.weight.grad is not None
+
+
 def test_a_function_in_python_runs_once() -> None:
     network, _, x = prepared("odd")
     x.requires_grad_()

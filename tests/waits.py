@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_tspipe
-from lightning_tspipe.comm import Line
+from lightning_tspipe.channel import Line
 from lightning_tspipe.logrelay import Recorder
 
 PACKAGE, TORCH = (f"{Path(str(module.__file__)).parent}/" for module in (lightning_tspipe, torch))

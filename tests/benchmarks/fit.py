@@ -26,7 +26,7 @@ class Fit:
 
     Attributes:
         step_s: Seconds of a steady step.
-        peak_bytes: Peak resident memory of every rank's process.
+        peak_bytes: Peak resident memory of every rank's process until the end of training, the set-up included.
     """
 
     step_s: float
@@ -34,7 +34,9 @@ class Fit:
 
 
 class Record(L.Callback):
-    """Notes on every rank when each step ended, and at the very end the peak memory, in one file per rank.
+    """Notes on every rank when each step ended, and the peak memory until training ends, in one file per rank.
+
+    After that a pipeline's module becomes whole again on every rank, as DDP's always is.
 
     Args:
         folder: Where the files go.
@@ -49,7 +51,7 @@ class Record(L.Callback):
         self.ends.append(time.perf_counter())
 
     @override
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         record = {"ends": self.ends, "peak_bytes": peak_bytes()}
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(record))
 

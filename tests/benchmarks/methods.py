@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.methods [--only NAME ...] [--seeds N] [--folder FOLDER]
 
-Each run leaves a JSON file in the folder, and is not made again while that is there.
+Each run leaves a JSON file in the folder, and is not made again while that is there. It ends with an error if ways
+differ that must not.
 """
 
 from __future__ import annotations
@@ -39,21 +40,27 @@ class Method:
         options: of every run.
         label: what the accuracy comes after in the output.
         ways: names and options.
+        equal: whether accuracy and loss must be the same in all ways, to the last digit that is printed.
     """
 
     name: str
     options: str
     label: str
     ways: list[tuple[str, str]]
+    equal: bool = False
 
 
 METHODS = [
+    Method("distill_digits", "--epochs 16", "student", FROZEN),
     Method("feature_digits", "--epochs 10", "student", FROZEN),
     Method("distill_fashion", "", "distilled", FROZEN),
     Method("distilbert", "--steps 60", "after", FROZEN),
+    Method("byol_digits", "--epochs 12", "after", MOVING),
     Method("moco_v3", "--epochs 12", "after", MOVING),
     Method("mean_teacher", "--epochs 10", "accuracy", MOVING),
     Method("dino", "--epochs 6", "after", MOVING),
+    Method("distill_digits", "--epochs 16 --precision 64-true", "student", FROZEN, equal=True),
+    Method("distill_digits", "--epochs 16 --soft 0", "student", [SINGLE]),
     Method("feature_digits", "--epochs 10 --hint 0 --attention 0", "student", [SINGLE]),
     Method("mean_teacher", "--epochs 10 --weight 0", "accuracy", [SINGLE]),
     Method("feature_digits", "--epochs 10 --precision 64-true", "student", FROZEN),
@@ -87,13 +94,40 @@ def run(zygote: Zygote, folder: Path, method: Method, options: list[str]) -> dic
     found = re.search(rf"{method.label} (\d\.\d+)", text)
     assert found, text
     command = " ".join(["python", f"examples/{method.name}.py", *options])
-    return {"accuracy": float(found[1]), "seconds": time.monotonic() - start, "command": command}
+    loss = re.search(r"loss (-?\d+\.\d+)", text)
+    result = {"accuracy": float(found[1]), "seconds": time.monotonic() - start, "command": command}
+    return result if loss is None else result | {"loss": loss[1]}
 
 
-def table(folder: Path, seeds: int) -> str:
+def train(zygote: Zygote, folder: Path, methods: list[Method], seeds: int) -> None:
+    """Make every run whose file is not there."""
+    todo = list(runs(methods, seeds))
+    for number, (method, way, arguments, seed) in enumerate(todo, 1):
+        file = file_of(folder, method, arguments)
+        if not file.exists():
+            print(f"{number} of {len(todo)}: {method.name}, {way}, seed {seed}", file=sys.stderr, flush=True)
+            file.write_text(json.dumps(run(zygote, folder, method, arguments)))
+
+
+def differing(folder: Path, methods: list[Method], seeds: int) -> list[str]:
+    """The runs of a method whose ways must be equal that are not as its first way is at that seed."""
+    found = []
+    for method in methods:
+        first: dict[int, tuple[object, object]] = {}
+        for _, way, options, seed in runs([method] if method.equal else [], seeds):
+            file = file_of(folder, method, options)
+            if file.exists():
+                result = json.loads(file.read_text())
+                mine = result["accuracy"], result["loss"]
+                if first.setdefault(seed, mine) != mine:
+                    found.append(f"{method.name} {method.options}, {way}, seed {seed}: {mine}, not {first[seed]}")
+    return found
+
+
+def table(folder: Path, methods: list[Method], seeds: int) -> str:
     """A row for each way of each method that was run with all seeds."""
     lines = [f"| method | way | mean of {seeds} seeds | least to most |", "|---|---|---|---|"]
-    for method in METHODS:
+    for method in methods:
         for way, _ in method.ways:
             files = [file_of(folder, method, options) for m, w, options, _ in runs([method], seeds) if w == way]
             if all(file.exists() for file in files):
@@ -109,18 +143,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=ROOT / "build/methods")
     options = parser.parse_args()
-    todo = list(runs([method for method in METHODS if method.name in options.only], options.seeds))
     zygote = Zygote()
     try:
-        for number, (method, way, arguments, seed) in enumerate(todo, 1):
-            file = file_of(options.folder, method, arguments)
-            if not file.exists():
-                print(f"{number} of {len(todo)}: {method.name}, {way}, seed {seed}", file=sys.stderr, flush=True)
-                result = run(zygote, options.folder, method, arguments)
-                file.write_text(json.dumps(result))
+        train(zygote, options.folder, [method for method in METHODS if method.name in options.only], options.seeds)
     finally:
         zygote.close()
-    print(table(options.folder, options.seeds))
+    print(table(options.folder, METHODS, options.seeds))
+    if wrong := differing(options.folder, METHODS, options.seeds):
+        raise SystemExit("\n".join(["", *wrong]))
 
 
 if __name__ == "__main__":

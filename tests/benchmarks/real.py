@@ -24,8 +24,6 @@ from tests.ports import free_port
 NUM_PROCESSES = 2
 NUM_STEPS = 8
 NUM_ROUNDS = 2
-BATCH_SIZE = 64  # of the whole job; microbatches of 8 instead of 16 make these convolutions a third slower
-NUM_MICROBATCHES = 4
 LEAST_STEP_S = 0.3
 TIMEOUT_S = 240.0
 
@@ -60,7 +58,7 @@ def measure_real(full: bool) -> Iterator[Contest]:
         if full:
             sizes = run_forked(_sizes, 1, pair, timeout_s=TIMEOUT_S)[0]
             contenders["serial model parallelism"] = partial(_pipeline, pair, sizes, 1)
-            contenders["1F1B, teacher fused"] = partial(_pipeline, pair, sizes, NUM_MICROBATCHES)
+            contenders["1F1B, teacher fused"] = partial(_pipeline, pair, sizes, PAIRS[pair].num_microbatches)
         rounds: dict[str, list[Fit]] = {name: [] for name in contenders}
         for _ in range(NUM_ROUNDS):
             for name, run in contenders.items():
@@ -74,7 +72,7 @@ def measure_real(full: bool) -> Iterator[Contest]:
 def _contest(pair: str, contender: str, rounds: list[Fit], idle: int) -> Contest:
     step_s = min(fit.step_s for fit in rounds)
     peaks = [max(ranks) for ranks in zip(*(fit.peak_bytes for fit in rounds), strict=True)]
-    return Contest(pair, contender, step_s, BATCH_SIZE / step_s, [(peak - idle) / 2**20 for peak in peaks])
+    return Contest(pair, contender, step_s, PAIRS[pair].batch_size / step_s, [(peak - idle) / 2**20 for peak in peaks])
 
 
 def _idle(_: int) -> int:
@@ -87,17 +85,18 @@ def _one(fit: Callable[[int, str], Fit], pair: str) -> Fit:
 
 
 def _fit_ddp(_: int, pair: str) -> Fit:
-    return _fit(pair, DDPStrategy(start_method="fork"), BATCH_SIZE // NUM_PROCESSES)
+    return _fit(pair, DDPStrategy(start_method="fork"), PAIRS[pair].batch_size // NUM_PROCESSES)
 
 
 def _fit_tspipe(_: int, pair: str) -> Fit:
-    return _fit(pair, TSPipeStrategy(microbatches=NUM_MICROBATCHES, start_method="fork"), BATCH_SIZE)
+    strategy = TSPipeStrategy(microbatches=PAIRS[pair].num_microbatches, start_method="fork")
+    return _fit(pair, strategy, PAIRS[pair].batch_size)
 
 
 def _fit(pair: str, strategy: Strategy, batch_size: int) -> Fit:
     """Train with batches of ``batch_size`` in every process that loads."""
     torch.manual_seed(0)
-    samples = NUM_STEPS * BATCH_SIZE
+    samples = NUM_STEPS * PAIRS[pair].batch_size
     data = TensorDataset(PAIRS[pair].inputs(samples), torch.arange(samples) % NUM_CLASSES)
     loader = DataLoader(data, batch_size=batch_size)
     return timed_fit(PAIRS[pair].make(), loader, strategy, NUM_PROCESSES, NUM_STEPS)
@@ -148,7 +147,8 @@ def _train(rank: int, pair: str, sizes: tuple[int, int], num_microbatches: int, 
     slices = [slice(None, size) if rank == 0 else slice(size, None) for size in sizes]
     student, teacher = module.student[slices[0]], module.teacher[slices[1]]
     del module.student, module.teacher  # what other ranks have is let go of
-    inputs, labels = PAIRS[pair].inputs(BATCH_SIZE), torch.arange(BATCH_SIZE) % NUM_CLASSES
+    size = PAIRS[pair].batch_size
+    inputs, labels = PAIRS[pair].inputs(size), torch.arange(size) % NUM_CLASSES
     views = _inputs(module, inputs)
 
     def loss(outputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def _sizes(_: int, pair: str) -> tuple[int, int]:
     torch.set_num_threads(1)
     module: Any = PAIRS[pair].make()
     views = len(_inputs(module, PAIRS[pair].inputs(2)))
-    value = PAIRS[pair].inputs(BATCH_SIZE // NUM_MICROBATCHES)
+    value = PAIRS[pair].inputs(PAIRS[pair].batch_size // PAIRS[pair].num_microbatches)
     student = _layer_seconds(module.student, value, True)
     teacher = _layer_seconds(module.teacher, value, False)
     if isinstance(module, Distillation):

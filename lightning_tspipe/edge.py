@@ -1,0 +1,326 @@
+"""Messages between two processes of one machine through memory that both have: no thread in between, one copy each way.
+
+The memory is a file without a name, so nothing is left of it however the processes end, and the size of ``/dev/shm``
+does not matter. Each kind of message has a ring of bytes in it::
+
+    ring   | .... | size | bytes of the tensors ... | size | bytes ... | -1 | .............. |
+                  ^ read up to here by one process                         ^ written by the other
+
+Two counters of the kernel (eventfd) wake the processes: one counts messages, the other the bytes that are free again.
+Neither process spins. A message that finds no room leaves a -1 in its place and comes by way of gloo, so no send waits.
+The file and the counters are handed over through a socket that stays open: the end of a process closes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import secrets
+import select
+import socket
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import ParamSpec, TypeVar
+
+from torch import Tensor
+
+USED = True  # False: gloo alone, to compare with
+PART = 4  # no message takes more than this part of a ring
+MARKS = 8  # this part of a ring is left for the marks of messages that find no room
+ELSEWHERE = -1
+WORD = 8  # everything begins at a multiple of it
+CONNECT_S = 30.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _End:
+    """What a process has of one ring.
+
+    Args:
+        memory: of all rings.
+        start, size: where this one is.
+        woken_by: counts what the other process did.
+        wakes: counts what this one does.
+        other: a socket to the other process.
+        timeout: in seconds, how long one message may take.
+    """
+
+    def __init__(
+        self, memory: mmap.mmap, start: int, size: int, woken_by: int, wakes: int, other: socket.socket, timeout: float
+    ) -> None:
+        self.limit = size // PART
+        self._size, self._place, self._wakes, self._woken_by = size, 0, wakes, woken_by
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory, start))
+        self._words = memoryview(memory)[start : start + size].cast("q")
+        self._timeout = timeout
+        self._poll = select.poll()
+        self._poll.register(woken_by, select.POLLIN)
+        self._poll.register(other, select.POLLRDHUP)
+
+    def exchange(self, tensors: Sequence[Tensor]) -> bool:
+        """Write or read one message; False if it goes by another way."""
+        raise NotImplementedError
+
+    def _wait(self) -> int:
+        """Wait until the other process has counted something up, and take that."""
+        if not self._poll.poll(min(self._timeout * 1e3, 2**31 - 1)):
+            raise TimeoutError(f"Timed out waiting {self._timeout:g} s for a message")
+        try:
+            return os.eventfd_read(self._woken_by)
+        except BlockingIOError:  # all that has happened is that the other one closed its socket
+            raise ConnectionError("Connection closed by peer") from None
+
+    def _spans(self, size: int) -> tuple[tuple[int, int, int], ...]:
+        """Where the next bytes are, in one piece or two, as (address, bytes, bytes before it); goes on behind them."""
+        at = self._place % self._size
+        self._place += -(-size // WORD) * WORD
+        if at + size <= self._size:
+            return ((self._address + at, size, 0),)
+        first = self._size - at
+        return ((self._address + at, first, 0), (self._address, size - first, first))
+
+
+class Sender(_End):
+    """The end that writes."""
+
+    _free_up_to = 0
+
+    def exchange(self, tensors: Sequence[Tensor]) -> bool:
+        """Write a message; it never waits for the other process to read one.
+
+        Args:
+            tensors: in host memory, contiguous, `limit` bytes together at most.
+
+        Returns:
+            Whether there was room; if not, the other process is told to look elsewhere.
+
+        Raises:
+            ConnectionError, TimeoutError: tens of thousands of messages wait, and the other process reads none.
+        """
+        needed = WORD + sum(-(-tensor.nbytes // WORD) * WORD for tensor in tensors)
+        if fits := self._has_room(needed + self._size // MARKS):
+            size = sum(tensor.nbytes for tensor in tensors)
+        else:
+            while not self._has_room(WORD):
+                self._free_up_to += self._wait()
+            size = ELSEWHERE
+        self._words[self._place % self._size // WORD] = size
+        self._place += WORD
+        if fits:
+            for tensor in tensors:
+                address = tensor.data_ptr()
+                for there, count, before in self._spans(tensor.nbytes):
+                    ctypes.memmove(there, address + before, count)
+        os.eventfd_write(self._wakes, 1)
+        return fits
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so many bytes are free, asking what was read since only if they are not known to be."""
+        if self._place + size <= self._size + self._free_up_to:
+            return True
+        try:
+            self._free_up_to += os.eventfd_read(self._woken_by)
+        except BlockingIOError:
+            return False
+        return self._place + size <= self._size + self._free_up_to
+
+
+class Receiver(_End):
+    """The end that reads."""
+
+    _ready = 0
+    _freed = 0
+
+    def exchange(self, tensors: Sequence[Tensor]) -> bool:
+        """Wait for the next message.
+
+        Args:
+            tensors: where it goes: in host memory, contiguous, as large as those that were sent.
+
+        Returns:
+            Whether it was there; if not, it comes by another way.
+
+        Raises:
+            ConnectionError: the other process has ended, or has let go, and there is no message left.
+            TimeoutError: none came in time.
+        """
+        if not self._ready:
+            self._ready = self._wait()
+        self._ready -= 1
+        begin = self._place
+        size = self._words[begin % self._size // WORD]
+        self._place += WORD
+        if size != ELSEWHERE:
+            assert size == sum(tensor.nbytes for tensor in tensors), "the ends of an edge disagree about a message"
+            for tensor in tensors:
+                address = tensor.data_ptr()
+                for there, count, before in self._spans(tensor.nbytes):
+                    ctypes.memmove(address + before, there, count)
+        self._freed += self._place - begin
+        if self._freed >= self._size // 8:  # seldom, since each is a call of the kernel
+            os.eventfd_write(self._wakes, self._freed)
+            self._freed = 0
+        return size != ELSEWHERE
+
+
+Rings = Mapping[str, tuple[type[Sender] | type[Receiver], int]]  # an end of each, and its bytes
+
+
+class Edge:
+    """What a process shares with one neighbour.
+
+    Args:
+        other: a socket to it.
+        memory: descriptor of the file.
+        counters: two descriptors per ring, of messages and of bytes read; they are closed with this.
+        rings: what this end is of each ring, and its bytes.
+        timeout: in seconds, how long one message may take.
+    """
+
+    def __init__(
+        self, other: socket.socket, memory: int, counters: Sequence[int], rings: Rings, timeout: float
+    ) -> None:
+        self._other, self._counters = other, counters
+        self.ends: dict[str, Sender | Receiver] = {}
+        mapped, start = mmap.mmap(memory, _total(rings)), 0
+        for (kind, (end, size)), written, read in zip(rings.items(), counters[::2], counters[1::2], strict=True):
+            woken_by, wakes = (read, written) if end is Sender else (written, read)
+            self.ends[kind] = end(mapped, start, size, woken_by, wakes, other, timeout)
+            start += size
+
+    def close(self) -> None:
+        """Let go; the other process is woken if it waits, even while a child of this one still has the socket."""
+        self.ends.clear()
+        with self._other, suppress(OSError):  # it may have ended before
+            self._other.shutdown(socket.SHUT_RDWR)
+        _close(self._counters)
+        self._counters = ()
+
+
+def connect(
+    first: bool,
+    sends: Mapping[str, int],
+    receives: Mapping[str, int],
+    tell: Callable[[str], None],
+    hear: Callable[[], str],
+    timeout: float,
+) -> Edge | str:
+    """Share memory with a neighbour, which calls this too.
+
+    Args:
+        first: whether this process makes what is shared; the neighbour then does not.
+        sends, receives: bytes of the ring of each kind of message, a multiple of 8; the neighbour has them exchanged.
+        tell, hear: send the neighbour a text, and wait for one from it.
+        timeout: in seconds, how long one message may take.
+
+    Returns:
+        What is shared, or else, in both processes, why nothing can be.
+    """
+    written: Rings = {kind: (Sender, size) for kind, size in sends.items()}
+    read: Rings = {kind: (Receiver, size) for kind, size in receives.items()}
+    rings = {**written, **read} if first else {**read, **written}
+    if not first:
+        if not (name := hear()):
+            return "the neighbour cannot share any"
+        near = _attempt(_knock, name)
+        tell(near if isinstance(near, str) else "")
+        if isinstance(near, str):
+            return near
+        edge = _attempt(_join, near, rings, timeout)
+        tell(edge if isinstance(edge, str) else "")
+        return edge
+    door = _attempt(_listen)
+    if isinstance(door, str):
+        tell("")
+        return door
+    with door:
+        tell(door.getsockname().decode())
+        if refusal := hear():
+            return refusal
+        edge = _attempt(_share, door, rings, timeout)
+        refusal = hear()
+    if isinstance(edge, Edge) and refusal:
+        edge.close()
+        return refusal
+    return edge
+
+
+def _total(rings: Rings) -> int:
+    return sum(size for _, size in rings.values())
+
+
+def _attempt(step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | str:
+    """What a step gives, or why the system refused it."""
+    try:
+        return step(*args, **kwargs)
+    except OSError as error:
+        return str(error) or type(error).__name__
+
+
+def _socket() -> socket.socket:
+    if not USED or not hasattr(os, "eventfd") or not hasattr(os, "memfd_create"):
+        raise OSError("it is switched off, or this system is not Linux")
+    found = socket.socket(socket.AF_UNIX)
+    found.settimeout(CONNECT_S)
+    return found
+
+
+def _listen() -> socket.socket:
+    door = _socket()
+    door.bind(f"\0tspipe-{secrets.token_hex(16)}")  # no file has this name, and it goes with the socket
+    door.listen(1)
+    return door
+
+
+def _knock(name: str) -> socket.socket:
+    with ExitStack() as undo:
+        near = undo.enter_context(_socket())
+        near.connect(name)  # fails on another machine, and in another container
+        _check_user(near)
+        undo.pop_all()
+    return near
+
+
+def _check_user(other: socket.socket) -> None:
+    _, user, _ = struct.unpack("3i", other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    if user != os.getuid():
+        raise OSError("another user's process answered")
+
+
+def _share(door: socket.socket, rings: Rings, timeout: float) -> Edge:
+    other, _ = door.accept()
+    with ExitStack() as undo:
+        undo.enter_context(other)
+        _check_user(other)
+        descriptors = [os.memfd_create("tspipe")]
+        undo.callback(_close, descriptors)
+        os.posix_fallocate(descriptors[0], 0, _total(rings))  # memory that lacks must show here, not later
+        descriptors.extend(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2 * len(rings)))
+        edge = Edge(other, descriptors[0], descriptors[1:], rings, timeout)
+        socket.send_fds(other, [b" "], descriptors)
+        undo.pop_all()
+    os.close(descriptors[0])
+    return edge
+
+
+def _join(other: socket.socket, rings: Rings, timeout: float) -> Edge:
+    with ExitStack() as undo:
+        undo.enter_context(other)
+        count = 1 + 2 * len(rings)
+        _, descriptors, _, _ = socket.recv_fds(other, 1, count, socket.MSG_CMSG_CLOEXEC)
+        undo.callback(_close, descriptors)
+        if len(descriptors) < count:
+            raise OSError("the neighbour could not share any")
+        edge = Edge(other, descriptors[0], descriptors[1:], rings, timeout)
+        undo.pop_all()
+    os.close(descriptors[0])
+    return edge
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

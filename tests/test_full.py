@@ -1,0 +1,71 @@
+"""The full-size settings: a dry plan of each as it is, and a step of each on random numbers, of narrower networks.
+
+`make full` takes the steps with the networks as they are, which takes 12 GB of memory and some minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_tspipe.cli import main
+from tests.scripts.zygote import ROOT, Zygote
+
+FOLDER = ROOT / "examples/configs/full"
+WHOLE = bool(os.environ.get("TSPIPE_FULL"))
+RANKS = {"moco_v3": 8, "byol": 8, "distill": 8, "dino": 16}
+SMALL = "--model.encoder.init_args.model_name"
+NARROWER = {
+    "moco_v3": [SMALL, "vit_tiny_patch16_224", "--model.features", "192", "--model.hidden", "32"],
+    "byol": [SMALL, "resnet14t", "--model.hidden", "32"],
+    "dino": [SMALL, "vit_tiny_patch16_224", "--model.features", "192", "--model.outputs", "32"],
+    "distill": ["--model.teacher.init_args.model_name", "vit_tiny_patch16_224", "--model.student.init_args.model_name",
+                "resnet14t"],
+}  # fmt: skip
+ON_CPU = {
+    "trainer.accelerator": "cpu", "trainer.devices": "2", "trainer.num_nodes": "1", "trainer.fast_dev_run": "true",
+    "trainer.enable_model_summary": "false", "trainer.strategy.init_args.microbatches": "2",
+    "trainer.strategy.init_args.balance": "parameters", "data.init_args.rows": "4",
+}  # fmt: skip
+
+
+def run_commands(rank: int, out: Path, commands: list[list[str]]) -> None:
+    """What every rank runs."""
+    os.chdir(ROOT / "examples")
+    for command in commands:
+        main(command)
+
+
+def settings(name: str) -> list[str]:
+    return ["--config", f"configs/full/{name}.yaml", "--config", f"configs/full/synthetic/{name}.yaml"]
+
+
+def test_every_file_is_tried() -> None:
+    for folder in (FOLDER, FOLDER / "synthetic"):
+        assert {file.stem for file in folder.glob("*.yaml")} == set(RANKS)
+
+
+@pytest.mark.timeout(180)
+def test_dry_plans(zygote: Zygote, tmp_path: Path) -> None:
+    """Of the whole networks, on as many ranks as the settings have."""
+    options = ["--trainer.accelerator", "cpu", "--tflops", "100", "--bandwidth_gb_s", "200", "--memory_gb", "80"]
+    commands = [["plan", *settings(name), *options] for name in RANKS]
+    codes = zygote.run("tests.test_full:run_commands", 1, tmp_path, 170, commands=commands)
+    text = (tmp_path / "0.txt").read_text()
+    assert codes == [0], text
+    assert list(map(int, re.findall(r"^(\d+) ranks, \d+ microbatches", text, re.MULTILINE))) == list(RANKS.values())
+    assert len(re.findall(r'^tspipe, schedule="afab" .* yes$', text, re.MULTILINE)) == len(RANKS), "it fits"
+
+
+@pytest.mark.timeout(900 if WHOLE else 120)
+def test_a_step(zygote: Zygote, tmp_path: Path) -> None:
+    changed = [part for key, value in ON_CPU.items() for part in (f"--{key}", value)]
+    names = RANKS if WHOLE else NARROWER
+    commands = [["fit", *settings(name), *changed, *([] if WHOLE else NARROWER[name])] for name in names]
+    codes = zygote.run("tests.test_full:run_commands", 2, tmp_path, 890 if WHOLE else 110, commands=commands)
+    text = (tmp_path / "0.txt").read_text()
+    assert codes == [0, 0], text
+    assert text.count("`Trainer.fit` stopped: `max_steps=1` reached.") == len(RANKS)
