@@ -10,8 +10,6 @@ Method: Sanh et al., "DistilBERT", 2019, https://arxiv.org/abs/1910.01108.
 """
 
 import copy
-import logging
-import warnings
 from pydoc_data.topics import topics
 
 import lightning as L
@@ -108,11 +106,8 @@ def main(
     pairs: int = 128, soft: float = 0.05, masked: float = 0.05, hidden: float = 1.0, lr: float = 1e-3,
 ):  # fmt: skip
     torch.set_num_threads(1)  # so that one process is one core
-    warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
     module, data = DistilBERT(soft, masked, hidden, lr), Manual(length, pairs)
     before = data.embedded(module.student)
@@ -129,7 +124,7 @@ def main(
         print(f"cosine to the teacher   before {near[0]:.4f}   after {near[1]:.4f}")
         print(f"second halves found of {len(after)}   teacher {found(theirs):.4f}", end="")
         print(f"   student {found(before):.4f}   distilled {found(after):.4f}")
-        print(f"loss {trainer.callback_metrics['loss']:.4f} after {trainer.global_step} steps of {strategy}")
+        print(f"loss {trainer.callback_metrics['loss']:.8f} after {trainer.global_step} steps of {strategy}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ only its classifier is trained here, and it gets the images in three channels an
 Method: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", https://arxiv.org/abs/1503.02531.
 """
 
-import logging
 import os
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -143,9 +141,6 @@ def main(
     teacher_epochs: int = 8, epochs: int = 5, precision: str = "32-true", folder: str | None = None,
 ):  # fmt: skip
     torch.set_num_threads(1)  # so that one process is one core
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
     module, data = Distill(teacher), Fashion(folder)
     plain = resnet()
@@ -166,7 +161,7 @@ def main(
         print(f"test accuracy of {len(data.test_y)} images   teacher {taught:.4f}", end="")
         print(f"   distilled {trainer.callback_metrics['accuracy']:.4f}", end="")
         print(f"   plain {accuracy(plain, data.test_x, data.test_y):.4f}")
-        print(f"loss {trainer.callback_metrics['loss']:.4f} after {trainer.global_step} steps of {strategy}")
+        print(f"loss {trainer.callback_metrics['loss']:.8f} after {trainer.global_step} steps of {strategy}")
 
 
 if __name__ == "__main__":
