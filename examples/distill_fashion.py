@@ -80,9 +80,8 @@ class Distill(TeacherStudentModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.student.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.hparams.lr, self.trainer.estimated_stepping_batches
-        )
+        steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams.lr, steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
