@@ -53,6 +53,8 @@ class Method:
 METHODS = [
     Method("distill_digits", "--epochs 16", "student", FROZEN),
     Method("feature_digits", "--epochs 10", "student", FROZEN),
+    Method("distill_fashion", "", "distilled", FROZEN),
+    Method("distilbert", "--steps 60", "after", FROZEN),
     Method("byol_digits", "--epochs 12", "after", MOVING),
     Method("moco_v3", "--epochs 12", "after", MOVING),
     Method("mean_teacher", "--epochs 10", "accuracy", MOVING),
