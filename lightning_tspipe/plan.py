@@ -16,6 +16,7 @@ from lightning_tspipe.schedule import Costs, LossOver, Schedule
 from lightning_tspipe.simulate import ReplayError, replay
 
 SCHEDULES = ORDERS
+LARGE = 1024  # stages x microbatches of the teacher with which a search takes about a second
 
 
 def estimate_costs(partition: Partition) -> Costs:
@@ -98,7 +99,7 @@ class Planner:
         }  # fmt: skip
         self._order = schedule
         self._find = cache(partial(find_schedule, stages, costs=costs, order=schedule, **self._arguments))
-        self._replayed: set[int] = set()
+        self._replayed: set[tuple[int, int]] = set()
         self._find(1)  # an order that the loss does not allow is an error here
         self._fewest = partial(
             minimal_microbatches,
@@ -127,19 +128,45 @@ class Planner:
         Raises:
             ReplayError: the ranks would wait for each other.
         """
-        self.post_ahead = self._runs_with(self.schedule(old.microbatches), old.ahead)
+        made = self.schedule(old.microbatches, old.teacher_microbatches)
+        self.post_ahead = self._runs_with(made, old.ahead)
 
-    def find(self, microbatches: int) -> Found:
-        """The schedule for batches of that many microbatches, and what is known of it."""
-        found = self._find(microbatches)
-        if microbatches not in self._replayed:
+    def find(self, microbatches: int, teacher: int | None = None) -> Found:
+        """The schedule for batches of that many microbatches, and what is known of it.
+
+        Args:
+            microbatches: M.
+            teacher: how many of the teacher; None: M.
+        """
+        teacher = microbatches if teacher is None else teacher
+        found = self._found(microbatches, teacher)
+        if (microbatches, teacher) not in self._replayed:
             self.post_ahead = self._runs_with(found.schedule)
-            self._replayed.add(microbatches)
+            self._replayed.add((microbatches, teacher))
         return found
 
-    def schedule(self, microbatches: int) -> Schedule:
-        """The schedule for batches of that many microbatches."""
-        return self.find(microbatches).schedule
+    def schedule(self, microbatches: int, teacher: int | None = None) -> Schedule:
+        """The schedule for batches of that many microbatches, of the student and of the teacher."""
+        return self.find(microbatches, teacher).schedule
+
+    def teacher_microbatches(self, microbatches: int, most: float = math.inf) -> int:
+        """How many the teacher should have for M of the student: M, or 2 M or 4 M if that makes the step 1 % shorter.
+
+        They are tried where a teacher forward takes longer than the student's, so that it is a coarse thing to fill
+        holes with, and where M is 1 % off the bound; large problems are left out, for the time that it takes. Fewer
+        than M fill no hole that M does not.
+
+        Args:
+            microbatches: M.
+            most: rows of a batch, which cannot be cut into more.
+        """
+        best, share = microbatches, self._share(microbatches)
+        most = min(most, LARGE / len(self.costs.t))
+        for count in (2 * microbatches, 4 * microbatches):
+            if max(self.costs.t) > max(self.costs.f) and share < 0.99 and count <= most:
+                found = self._share(microbatches, count)
+                best, share = (count, found) if found > 1.01 * share else (best, share)
+        return best
 
     def best_microbatches(self, most: int) -> int:
         """The fewest microbatches, up to `most`, with which a step is within 1 % of the shortest for the same batch.
@@ -156,10 +183,15 @@ class Planner:
         shares = [self._share(count) for count in tries]
         return next(count for count, share in zip(tries, shares, strict=True) if share >= 0.99 * max(shares))
 
-    def _share(self, microbatches: int) -> float:
+    def _found(self, microbatches: int, teacher: int) -> Found:
+        if teacher == microbatches:
+            return self._find(microbatches)
+        return self._find(microbatches, teacher_microbatches=teacher)
+
+    def _share(self, microbatches: int, teacher: int | None = None) -> float:
         """The bound over the step; 0 where no order keeps the bounds on memory."""
         try:
-            found = self._find(microbatches)
+            found = self._found(microbatches, microbatches if teacher is None else teacher)
         except ValueError:
             return 0.0
         return found.bound / found.period if found.period else 1.0
