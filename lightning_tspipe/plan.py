@@ -12,7 +12,7 @@ from typing import Any
 from lightning_tspipe.layers import Layer
 from lightning_tspipe.orders import ORDERS, SPLIT, Found, find_schedule, minimal_microbatches
 from lightning_tspipe.partition import Partition
-from lightning_tspipe.schedule import Costs, LossOver, Schedule
+from lightning_tspipe.schedule import Costs, LossOver, Schedule, check_teacher_microbatches
 from lightning_tspipe.simulate import ReplayError, replay
 
 SCHEDULES = ORDERS
@@ -28,10 +28,18 @@ def estimate_costs(partition: Partition) -> Costs:
     return Costs(t=tuple(count / unit for count in teacher), f=forward, b=forward, w=forward)
 
 
-def check_plan_arguments(microbatches: int | str, schedule: str) -> None:
-    """Raises ValueError for a number of microbatches or an order that does not exist."""
-    if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
-        raise ValueError(f'microbatches={microbatches!r}: give a number of at least 1, or "auto"')
+def check_plan_arguments(microbatches: int | str, schedule: str, teacher_microbatches: int | str = "auto") -> None:
+    """Raises ValueError for numbers of microbatches, or an order, that do not exist or do not go together."""
+    for name, value in (("microbatches", microbatches), ("teacher_microbatches", teacher_microbatches)):
+        if value != "auto" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f'{name}={value!r}: give a number of at least 1, or "auto"')
+    if isinstance(teacher_microbatches, int):
+        if not isinstance(microbatches, int):
+            raise ValueError(
+                f"teacher_microbatches={teacher_microbatches} with microbatches={microbatches!r}: one has to divide "
+                'the other, so give both numbers, or leave teacher_microbatches="auto"'
+            )
+        check_teacher_microbatches(microbatches, teacher_microbatches)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is unknown: choose from {', '.join(map(repr, SCHEDULES))}")
 

@@ -289,7 +289,7 @@ def test_never_slower_than_the_rivals(problem: tuple[int, int, Costs], lookahead
     st.booleans(),
     st.data(),
 )
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_other_microbatches_of_the_teacher(
     problem: tuple[int, int, Costs], ratio: float, lookahead: bool, loss_over: Any, split: bool, data: st.DataObject
 ) -> None:
