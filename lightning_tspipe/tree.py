@@ -110,19 +110,21 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return unflatten([function(leaf) for leaf in leaves], structure)
 
 
-def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
+def split(tree: Any, sizes: Sequence[int], *, scaled: bool = False) -> list[Any]:
     """Cut every tensor whose dimension 0 is the batch into microbatches; others go to each of them whole.
 
     Args:
         tree: tensors of shape (rows, ...).
         sizes: rows per microbatch; their sum is the number of rows.
+        scaled: whether tensors of shape (rows * n, ...) are cut, too, as `merge` joins them.
     """
     leaves, structure = flatten(tree)
     rows = sum(sizes)
-    parts = [
-        torch.split(leaf, list(sizes)) if leaf.ndim and leaf.shape[0] == rows else [leaf] * len(sizes)
-        for leaf in leaves
-    ]
+    parts = []
+    for leaf in leaves:
+        each = (leaf.shape[0] // rows if scaled else 1) if leaf.ndim else 0
+        fits = each > 0 and leaf.shape[0] == each * rows
+        parts.append(torch.split(leaf, [each * size for size in sizes]) if fits else [leaf] * len(sizes))
     return [unflatten([part[index] for part in parts], structure) for index in range(len(sizes))]
 
 
