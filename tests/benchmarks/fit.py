@@ -65,6 +65,7 @@ def timed_fit(
     strategy: Strategy,
     num_processes: int,
     num_steps: int,
+    **options: Any,
 ) -> Fit:
     """Train for ``num_steps`` steps; the trained weights are in ``module`` afterwards.
 
@@ -74,6 +75,7 @@ def timed_fit(
         strategy: One that forks its processes.
         num_processes: Processes on this machine.
         num_steps: Optimizer steps.
+        options: More of the trainer's.
     """
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -90,6 +92,7 @@ def timed_fit(
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            **options,
         )
         trainer.fit(module, loader)
         records = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_processes)]
