@@ -19,6 +19,8 @@ from typing import Any
 from lightning_tspipe.schedule import Costs
 
 Ahead = tuple[int, ...]
+SIZE = 160_000  # stages x microbatches x tries in a search: less than a second
+FEWEST = 16  # tries, for a large problem
 
 
 def legal(ahead: Sequence[float], microbatches: int, last: int | None = 0) -> Ahead:
@@ -67,6 +69,7 @@ def slower_messages(costs: Costs) -> Costs:
 
 def afab_ahead(microbatches: int, costs: Costs, budget: int = 150) -> tuple[Ahead, int]:
     """The s_k of all-forward-then-backward, and how many were tried: a descent from the best of a few staircases."""
+    budget = min(budget, max(FEWEST, SIZE // (len(costs.t) * microbatches)))
     slower = slower_messages(costs)
     none = (0,) * len(costs.t)
     plain = afab_period(microbatches, costs, none)
