@@ -19,6 +19,8 @@ from typing import Any
 from lightning_tspipe.schedule import Costs
 
 Ahead = tuple[int, ...]
+SIZE = 160_000  # stages x microbatches x tries in a search: less than a second
+FEWEST = 16  # tries, for a large problem
 
 
 def legal(ahead: Sequence[float], microbatches: int, last: int | None = 0) -> Ahead:
@@ -74,6 +76,7 @@ def afab_ahead(microbatches: int, costs: Costs, budget: int = 150, teacher_micro
         budget: how many to try.
         teacher_microbatches: of a batch; 0 stands for M.
     """
+    budget = min(budget, max(FEWEST, SIZE // (len(costs.t) * microbatches)))
     slower = slower_messages(costs)
     none = (0,) * len(costs.t)
     teacher = teacher_microbatches or microbatches
