@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from lightning_tspipe import _nodes
+
 # nodes whose weight gradients cost about as much as those of their inputs
 HEAVY = frozenset({"AddmmBackward0", "MmBackward0", "BmmBackward0", "BaddbmmBackward0", "ConvolutionBackward0"})
 COMPILED = "CompiledFunctionBackward"  # the node of what torch.compile has made
@@ -32,29 +34,29 @@ COMPILED = "CompiledFunctionBackward"  # the node of what torch.compile has made
 
 @dataclass(frozen=True)
 class _Junction:
-    """A node that leads to an input, and to parameters that are reached through it alone."""
+    """A node that leads to an input, and to parameters that are reached through it alone.
+
+    Attributes:
+        node: the node.
+        slots: which of its inputs lead to parameters.
+        parameters: all of them.
+    """
 
     node: Node
-    gradients: list[Tensor]  # of its output, once the first part has passed
+    slots: list[int]
     parameters: list[Tensor]
 
 
 class WeightBackward:
     """What is left to do for the weights; call it once."""
 
-    def __init__(self, junctions: Sequence[_Junction], whole: Callable[[], None] | None = None) -> None:
-        self._junctions, self._whole = deque(junctions), whole
+    def __init__(self, steps: deque[Callable[[], None]]) -> None:
+        self._steps = steps
 
     def __call__(self) -> None:
         """Add the gradients of the weights to their ``.grad``."""
-        if self._whole is not None:
-            self._whole()
-        while self._junctions:  # each lets go of what lies between it and the next one, from the outputs on
-            junction = self._junctions.popleft()
-            if junction.gradients:
-                edge = GradientEdge(junction.node, 0)
-                torch.autograd.backward([edge], junction.gradients, inputs=junction.parameters)
-        self._whole = None
+        while self._steps:  # from the outputs on; each lets go of what it alone needed
+            self._steps.popleft()()
 
 
 def backward_inputs(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> WeightBackward:
@@ -68,22 +70,59 @@ def backward_inputs(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inpu
     Returns:
         The rest of the backward.
     """
-    whole = partial(torch.autograd.backward, list(outputs), list(gradients))
-    wanted = {torch.autograd.graph.get_gradient_edge(leaf).node for leaf in inputs if leaf.requires_grad}
+    asked = [leaf for leaf in inputs if leaf.requires_grad]
+    wanted = {torch.autograd.graph.get_gradient_edge(leaf).node for leaf in asked}
     if not wanted:
-        return WeightBackward([], whole)
+        return WeightBackward(deque([partial(torch.autograd.backward, list(outputs), list(gradients))]))
     graph = _Graph([output.grad_fn for output in outputs], wanted)
     junctions, now = graph.junctions()
-    handles = [junction.node.register_prehook(partial(_keep, junction.gradients)) for junction in junctions]
-    asked = [leaf for leaf in inputs if leaf.requires_grad]
-    torch.autograd.backward(outputs, gradients, inputs=[*asked, *now], retain_graph=bool(junctions))
+    # the graph stays only where a product has to be left to it: kept activations make the first part slower, since
+    # its gradients then go to memory that is new to the process
+    known = all(_nodes.is_known(junction.node, junction.slots) for junction in junctions)
+    steps: deque[Callable[[], None]] = deque()
+    put_off = partial(_put_off, steps, _compute if known else _leave)
+    handles = [junction.node.register_prehook(partial(put_off, junction)) for junction in junctions]
+    torch.autograd.backward(outputs, gradients, inputs=[*asked, *now], retain_graph=not known)
     for handle in handles:
         handle.remove()
-    return WeightBackward(junctions)
+    return WeightBackward(steps)
 
 
-def _keep(place: list[Tensor], gradients: Iterable[Any]) -> None:
-    place.extend(gradient for gradient in gradients if gradient is not None)
+def _put_off(
+    steps: deque[Callable[[], None]],
+    make: Callable[[_Junction, Tensor], Callable[[], None]],
+    junction: _Junction,
+    gradients: Iterable[Any],
+) -> None:
+    steps.extend(make(junction, gradient) for gradient in gradients if gradient is not None)
+
+
+def _leave(junction: _Junction, gradient: Tensor) -> Callable[[], None]:
+    """Leave a junction's weights to the graph."""
+    edges, inputs = [GradientEdge(junction.node, 0)], junction.parameters
+    return partial(torch.autograd.backward, edges, [gradient], inputs=inputs)
+
+
+def _compute(junction: _Junction, gradient: Tensor) -> Callable[[], None]:
+    """Compute a junction's weights from what its node has saved; the graph has only what lies behind the node."""
+    edges = [junction.node.next_functions[slot] for slot in junction.slots]
+    return partial(_pass_on, edges, _nodes.weights_half(junction.node, junction.slots, gradient))
+
+
+def _pass_on(edges: Sequence[tuple[Any, int]], compute: Callable[[], list[Tensor]]) -> None:
+    torch.autograd.backward([_root(*edge) for edge in edges], compute())
+
+
+def _root(node: Any, place: int) -> Any:
+    """Where a gradient goes in.
+
+    A parameter copies its first gradient if somebody else holds that, as we do here. Behind a view it takes it over.
+    """
+    parameter = getattr(node, "variable", None)
+    if parameter is None or parameter.grad is not None:
+        return GradientEdge(node, place)
+    with torch.enable_grad():
+        return parameter.view_as(parameter)
 
 
 class _Graph:
@@ -123,7 +162,9 @@ class _Graph:
         for node, parameters in found:
             alone = all(uses[id(parameter)] == 1 for parameter in parameters)
             if splits and alone and node.name() in HEAVY and self._leads[node]:
-                junctions.append(_Junction(node, [], parameters))
+                functions = enumerate(node.next_functions)
+                slots = [slot for slot, (child, _) in functions if child is not None and not self._leads[child]]
+                junctions.append(_Junction(node, slots, parameters))
             else:
                 now.update({id(parameter): parameter for parameter in parameters})
         return junctions, list(now.values())
