@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,37 +25,82 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from lightning_tspipe import _nodes
+
 # nodes whose weight gradients cost about as much as those of their inputs
 HEAVY = frozenset({"AddmmBackward0", "MmBackward0", "BmmBackward0", "BaddbmmBackward0", "ConvolutionBackward0"})
 COMPILED = "CompiledFunctionBackward"  # the node of what torch.compile has made
 
 
-@dataclass(frozen=True)
 class _Junction:
-    """Nodes that lead to inputs, none of them to another one, and parameters that are reached through them alone."""
+    """Nodes that lead to inputs, none of them to another one, and to parameters that are reached through them alone.
 
-    nodes: list[Node]
-    gradients: list[Tensor | None]  # of their outputs, once the first part has passed
-    parameters: list[Tensor]
+    Args:
+        slots: of each node, which of its inputs lead to parameters.
+        parameters: all of them.
+    """
+
+    def __init__(self, slots: dict[Node, list[int]], parameters: list[Tensor]) -> None:
+        self.slots = slots
+        self._parameters = parameters
+        self._left: list[tuple[GradientEdge, Tensor]] = []
+        self._known: list[tuple[list[Any], Callable[[], list[Tensor]]]] = []
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the weights can be computed from what the nodes have saved, and summed as the graph would."""
+        if not all(_nodes.is_known(node, slots) for node, slots in self.slots.items()):
+            return False
+        first, *others = self.slots.values()
+        return all(first == slots for slots in others) and all(
+            _same_end([node.next_functions[slot] for node in self.slots]) for slot in first
+        )
+
+    def leave(self, steps: deque[Callable[[], None]], node: Node, gradients: Sequence[Any]) -> None:
+        """Leave the weights to the graph, given the gradient of a node's output."""
+        if gradients[0] is not None:
+            if not self._left:
+                steps.append(self._finish_left)
+            self._left.append((GradientEdge(node, 0), gradients[0]))
+
+    def _finish_left(self) -> None:
+        edges, gradients = zip(*self._left, strict=True)  # one call, so that sums are those of a whole backward
+        torch.autograd.backward(list(edges), list(gradients), inputs=self._parameters)
+
+    def compute(self, steps: deque[Callable[[], None]], node: Node, gradients: Sequence[Any]) -> None:
+        """Compute the weights from what a node has saved; the graph has only what lies behind the node."""
+        if gradients[0] is not None:
+            if not self._known:
+                steps.append(self._finish_known)
+            slots = self.slots[node]
+            edges = [node.next_functions[slot] for slot in slots]
+            self._known.append((edges, _nodes.weights_half(node, slots, gradients[0])))
+
+    def _finish_known(self) -> None:
+        edges, compute = self._known[0]
+        found = compute()
+        for _, compute in self._known[1:]:  # in the order in which the nodes ran, as the graph sums them
+            found = [one + other for one, other in zip(found, compute(), strict=True)]
+        torch.autograd.backward([_root(*edge) for edge in edges], found)
+
+
+def _same_end(edges: Sequence[tuple[Any, int]]) -> bool:
+    """Whether gradients that go to these edges are summed there, or behind a transposition of each."""
+    if len(set(edges)) > 1 and all(node.name() == "TBackward0" for node, _ in edges):
+        edges = [node.next_functions[0] for node, _ in edges]
+    return len(set(edges)) == 1
 
 
 class WeightBackward:
     """What is left to do for the weights; call it once."""
 
-    def __init__(self, junctions: Sequence[_Junction], whole: Callable[[], None] | None = None) -> None:
-        self._junctions, self._whole = deque(junctions), whole
+    def __init__(self, steps: deque[Callable[[], None]]) -> None:
+        self._steps = steps
 
     def __call__(self) -> None:
         """Add the gradients of the weights to their ``.grad``."""
-        if self._whole is not None:
-            self._whole()
-        while self._junctions:  # each lets go of what lies between it and the next one, from the outputs on
-            junction = self._junctions.popleft()
-            pairs = zip(junction.nodes, junction.gradients, strict=True)
-            edges = {GradientEdge(node, 0): gradient for node, gradient in pairs if gradient is not None}
-            if edges:  # in one call, so that a weight's gradients are summed as they are in a whole backward
-                torch.autograd.backward(list(edges), list(edges.values()), inputs=junction.parameters)
-        self._whole = None
+        while self._steps:  # from the outputs on; each lets go of what it alone needed
+            self._steps.popleft()()
 
 
 def backward_inputs(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> WeightBackward:
@@ -70,26 +114,37 @@ def backward_inputs(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inpu
     Returns:
         The rest of the backward.
     """
-    whole = partial(torch.autograd.backward, list(outputs), list(gradients))
-    wanted = {torch.autograd.graph.get_gradient_edge(leaf).node for leaf in inputs if leaf.requires_grad}
+    asked = [leaf for leaf in inputs if leaf.requires_grad]
+    wanted = {torch.autograd.graph.get_gradient_edge(leaf).node for leaf in asked}
     if not wanted:
-        return WeightBackward([], whole)
+        return WeightBackward(deque([partial(torch.autograd.backward, list(outputs), list(gradients))]))
     graph = _Graph([output.grad_fn for output in outputs], wanted)
     junctions, now = graph.junctions()
+    # the graph stays only where a product has to be left to it: kept activations make the first part slower, since
+    # its gradients then go to memory that is new to the process
+    known = all(junction.is_known for junction in junctions)
+    steps: deque[Callable[[], None]] = deque()
     handles = [
-        node.register_prehook(partial(_keep, junction.gradients, place))
+        node.register_prehook(partial(junction.compute if known else junction.leave, steps, node))
         for junction in junctions
-        for place, node in enumerate(junction.nodes)
+        for node in junction.slots
     ]
-    asked = [leaf for leaf in inputs if leaf.requires_grad]
-    torch.autograd.backward(outputs, gradients, inputs=[*asked, *now], retain_graph=bool(junctions))
+    torch.autograd.backward(outputs, gradients, inputs=[*asked, *now], retain_graph=not known)
     for handle in handles:
         handle.remove()
-    return WeightBackward(junctions)
+    return WeightBackward(steps)
 
 
-def _keep(kept: list[Tensor | None], place: int, gradients: Sequence[Any]) -> None:
-    kept[place] = gradients[0]
+def _root(node: Any, place: int) -> Any:
+    """Where a gradient goes in.
+
+    A parameter copies its first gradient if somebody else holds that, as we do here. Behind a view it takes it over.
+    """
+    parameter = getattr(node, "variable", None)
+    if parameter is None or parameter.grad is not None:
+        return GradientEdge(node, place)
+    with torch.enable_grad():
+        return parameter.view_as(parameter)
 
 
 class _Graph:
@@ -124,24 +179,28 @@ class _Graph:
                     found.append((node, parameters))
         found += [(root, self._parameters([root])) for root in self._roots if not self._leads[root]]
         splits = all(node.name() != COMPILED for node in self._next)
-        users: dict[int, list[Node]] = {}
+        groups: dict[int, tuple[list[Node], dict[int, Tensor]]] = {}  # nodes that share parameters, by parameter
         for node, parameters in found:
-            for parameter in parameters:
-                users.setdefault(id(parameter), []).append(node)
-        parts = self._parts()
-        junctions: dict[tuple[Node, ...], _Junction] = {}
-        now = {}
-        for _, parameters in found:
-            for parameter in parameters:
-                nodes = tuple(users[id(parameter)])
-                apart = len({parts.get(node) for node in nodes}) == len(nodes)
-                if splits and apart and all(node.name() in HEAVY and self._leads[node] for node in nodes):
-                    junction = junctions.setdefault(nodes, _Junction(list(nodes), [None] * len(nodes), []))
-                    if all(parameter is not known for known in junction.parameters):
-                        junction.parameters.append(parameter)
-                else:
-                    now[id(parameter)] = parameter
-        return list(junctions.values()), list(now.values())
+            nodes, reached = [node], {id(parameter): parameter for parameter in parameters}
+            for others, theirs in {id(groups[key]): groups[key] for key in reached if key in groups}.values():
+                nodes, reached = others + nodes, theirs | reached
+            groups.update(dict.fromkeys(reached, (nodes, reached)))
+        parts: dict[Node, int] | None = None
+        junctions, now = [], {}
+        for nodes, reached in {id(group): group for group in groups.values()}.values():
+            waits = splits and all(node.name() in HEAVY and self._leads[node] for node in nodes)
+            if waits and len(nodes) > 1:
+                parts = parts or self._parts()
+                waits = len({parts[node] for node in nodes}) == len(nodes)
+            if waits:
+                junctions.append(_Junction({node: self._slots(node) for node in nodes}, list(reached.values())))
+            else:
+                now.update(reached)
+        return junctions, list(now.values())
+
+    def _slots(self, node: Node) -> list[int]:
+        functions = enumerate(node.next_functions)
+        return [slot for slot, (child, _) in functions if child is not None and not self._leads[child]]
 
     def _parts(self) -> dict[Node, int]:
         """A number for each node that leads to an input, the same wherever there is a way from one to the other."""

@@ -23,7 +23,7 @@ ORDER = (
     "picture",  # and Pillow, where it draws
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
-    *("partition", "teacher", "plan", "split", "reach"),
+    *("partition", "teacher", "plan", "_nodes", "split", "reach"),
     # one rank at work
     *("stage", "data", "board", "edge", "channel", "comm", "replicas", "logrelay", "hooks", "scope", "lossside"),
     *("checkpoint", "stopwatch", "runtime", "replan", "measure", "placing", "counting", "randomness"),

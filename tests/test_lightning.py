@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchmetrics import MeanMetric
 
-from lightning_tspipe import _lightning, _loaders, _metrics, recording
+from lightning_tspipe import _lightning, _loaders, _metrics, _nodes, recording
 from tests.scripts.small import Small, loader, trainer
 
 # where the library finds each private name that it imports or reads from a module
@@ -94,6 +94,16 @@ ATTRIBUTES = {
     "tensor": {"_version"},
     "storage": {"_cdata"},
     "fake mode": {"avoid_device_init"},
+    # of _nodes.py
+    "node of addmm": {
+        *("_saved_alpha", "_saved_beta", "_saved_mat1", "_saved_mat2_sym_sizes", "_saved_mat2_sym_strides"),
+        *("_raw_saved_mat1", "_input_metadata"),
+    },
+    "node of mm": {"_saved_self", "_saved_mat2_sym_sizes", "_saved_mat2_sym_strides", "_raw_saved_self"},
+    "node of a convolution": {
+        *("_saved_input", "_saved_weight", "_saved_bias_sym_sizes_opt", "_saved_stride", "_saved_padding"),
+        *("_saved_dilation", "_saved_transposed", "_saved_output_padding", "_saved_groups", "_raw_saved_input"),
+    },
 }
 
 
@@ -130,6 +140,9 @@ class Probe(L.Callback):
             "tensor": torch.ones(1),
             "storage": torch.ones(1).untyped_storage(),
             "fake mode": FakeTensorMode(),
+            "node of addmm": nn.Linear(1, 1)(torch.ones(1, 1)).grad_fn,
+            "node of mm": nn.Linear(1, 1, bias=False)(torch.ones(1, 1)).grad_fn,
+            "node of a convolution": nn.Conv1d(1, 1, 1)(torch.ones(1, 1, 1)).grad_fn,
         }
 
 
@@ -156,7 +169,7 @@ def test_names_of_objects(parts: dict[str, Any], part: str, name: str) -> None:
 
 def test_every_private_name_is_listed() -> None:
     """A private name that the library starts to use has to be added here."""
-    files = (_lightning, _loaders, _metrics, recording)
+    files = (_lightning, _loaders, _metrics, _nodes, recording)
     source = "".join(map(inspect.getsource, files))
     used = set(re.findall(r"(?<!self)\._([a-z]\w*)", source)) | set(re.findall(r"\._loop\._([a-z]\w*)", source))
     kinds = [kind for file in files for kind in vars(file).values() if inspect.isclass(kind)]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
+from lightning_tspipe import _nodes
 from lightning_tspipe.split import backward_inputs
 
 Named = dict[str, Tensor]
@@ -64,16 +68,46 @@ class Odd(nn.Module):
         return torch.cat([y, self.last.bias.expand_as(y)])
 
 
+PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "left": lambda x, weight, bias: weight @ x,
+    "by rows": lambda x, weight, bias: x @ weight,
+    "by columns": lambda x, weight, bias: x @ weight.t(),
+    "scaled": lambda x, weight, bias: torch.addmm(bias, x, weight.t(), beta=0.5, alpha=2.0),
+    "a whole matrix added": torch.nn.functional.linear,
+    "a row added": lambda x, weight, bias: torch.addmm(bias[:1], x, weight.t()),
+    "a computed weight": lambda x, weight, bias: torch.addmm(bias, x, (weight * bias[0]).t()),
+    "a frozen weight": lambda x, weight, bias: torch.addmm(bias, x, weight.t().detach()),
+    "a frozen bias": lambda x, weight, bias: torch.addmm(bias.detach(), x, weight.t()),
+    "a weight of the input": lambda x, weight, bias: torch.addmm(bias, x @ weight.t(), x.t()),
+}
+
+
+class Product(nn.Module):
+    """A matrix product of another form than a linear layer's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.weight, self.bias = name, nn.Parameter(torch.rand(5, 5)), nn.Parameter(torch.rand(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return PRODUCTS[self.name](x, self.weight, self.bias).tanh()
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), (4, 6)),
     "odd": (Odd, (5, 6)),
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=5), (2, 3, 32, 32)),
+    "grouped": (
+        lambda: nn.Sequential(nn.Conv1d(4, 6, 3, 2, 1, 2, 2), nn.ConvTranspose1d(6, 4, 3, bias=False)),
+        (2, 4, 9),
+    ),
     "vit": (vit, (2, 3, 32, 32)),
     "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2), 8, num_classes=5), (2, 3, 32, 32)),
     "convnext": (
         lambda: torchvision.models.ConvNeXt([torchvision.models.convnext.CNBlockConfig(16, None, 2)], num_classes=5),
         (2, 3, 32, 32),
     ),
+    **{name: (partial(Product, name), (5, 5)) for name in PRODUCTS},
     "lstm": (lambda: nn.LSTM(6, 5, batch_first=True), (3, 4, 6)),
 }
 
@@ -168,6 +202,27 @@ def test_weights_that_several_views_use_wait_and_add_up_alike(name: str) -> None
         assert all(torch.equal(value, ours[key]) for key, value in expected.items())
 
 
+@pytest.mark.parametrize("other", ["without a bias", "scaled"])
+def test_views_that_use_a_weight_in_different_ways(other: str) -> None:
+    layer, grads = nn.Linear(3, 4), []
+    use = {
+        "without a bias": lambda x: nn.functional.linear(x, layer.weight),
+        "scaled": lambda x: x @ (2 * layer.weight).t(),
+    }
+    for parts in (False, True):
+        layer.zero_grad()
+        torch.manual_seed(0)
+        views = [torch.randn(5, 3, requires_grad=True) for _ in range(2)]
+        outputs = [layer(views[0]), use[other](views[1])]
+        given = [torch.randn(5, 4) for _ in outputs]
+        if parts:
+            backward_inputs(outputs, given, views)()
+        else:
+            torch.autograd.backward(outputs, given)
+        grads.append([*(p.grad for p in layer.parameters()), *(view.grad for view in views)])
+    assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))  # type: ignore[arg-type]
+
+
 def test_a_weight_that_leads_to_itself_does_not_wait() -> None:
     layer, x = nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
     output = layer(layer(x).tanh())
@@ -198,7 +253,79 @@ def test_without_an_input_all_is_put_off() -> None:
         assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
 
 
-def test_what_is_done_with_is_let_go() -> None:
+def test_only_what_the_weights_need_is_kept() -> None:
+    """The first part lets go of the inputs of GELU, the second of a layer's inputs when it has passed the layer."""
+    storages: list[StorageWeakRef] = []
+    network = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(4, 4), nn.GELU())))
+    for layer in network:
+        layer.register_forward_hook(lambda _, __, output: storages.append(StorageWeakRef(output.untyped_storage())))
+    seen: list[bool] = []
+    network[4].weight.register_post_accumulate_grad_hook(lambda _: seen.extend(s.expired() for s in storages))
+    x = torch.randn(3, 4, requires_grad=True)
+    output = network(x * 2)
+    rest = backward_inputs([output], [torch.ones_like(output)], [x])
+    del output
+    kept = [False, False, False, True]  # what the last GELU gives is needed by no layer
+    assert [s.expired() for s in storages] == [place % 2 == 0 or kept[place // 2] for place in range(8)]
+    rest()
+    assert seen == [True, False, True, False, True, True, True, True]  # the input of the layer itself has its turn
+    assert all(s.expired() for s in storages)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 4), lambda: nn.Conv1d(3, 4, 1)])
+def test_the_first_gradient_is_not_copied(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    places: set[int] = set()
+
+    def noted(*args: Any) -> Callable[[], list[Tensor]]:
+        def compute() -> list[Tensor]:
+            found = half()
+            places.update(gradient.data_ptr() for gradient in found)
+            return found
+
+        half = weights_half(*args)
+        return compute
+
+    weights_half = _nodes.weights_half
+    monkeypatch.setattr(_nodes, "weights_half", noted)
+    layer = make()
+    x = torch.randn(3, 3, requires_grad=True)
+    output = layer(x * 2)
+    backward_inputs([output], [torch.ones_like(output)], [x])()
+    assert layer.weight.grad.data_ptr() in places  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_of_the_user() -> None:
+    """It runs again for each backward, and unpacks once in each."""
+    one, other, x = prepared("linear")
+    expected = gradients(one, x, lambda output, gradient: output.backward(gradient))
+    x = x.clone().requires_grad_()
+    for part in (x, x * 0.5):
+        output = checkpoint(other, part, use_reentrant=False)
+        given = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
+        backward_inputs([output], [given], [x])()
+    assert torch.equal(x.grad, expected["x"])  # type: ignore[arg-type]
+    for name, parameter in other.named_parameters():
+        assert torch.equal(parameter.grad, expected[name])  # type: ignore[arg-type]
+
+
+def test_autocast() -> None:
+    """The weights that are multiplied are casts of the parameters."""
+    one, other, x = prepared("vit")
+    found = []
+    for network in (one, other):
+        x = x.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = network(x)
+        if network is one:
+            output.backward(torch.ones_like(output))
+        else:
+            backward_inputs([output], [torch.ones_like(output)], [x])()
+        found.append([x.grad, *(p.grad for p in network.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_hooks_have_packed_is_let_go() -> None:
     """When the last layer of the second part begins, nothing of the others is kept any more."""
     kept: list[weakref.ref[Any]] = []
 
