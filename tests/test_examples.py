@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lightning_tspipe.cli import main
-from tests.benchmarks import methods
+from tests.benchmarks import method_speed, methods
 from tests.scripts.zygote import ROOT, Zygote
 from tests.subprocesses import run_script
 
@@ -124,3 +124,14 @@ def test_make_methods(zygote: Zygote, tmp_path: Path, capsys: pytest.CaptureFixt
     files[-1].write_text(json.dumps(second | {"loss": second["loss"][:-1]}))
     (wrong,) = methods.differing(tmp_path, small, 1)
     assert "tspipe, M=2, seed 0" in wrong
+
+
+def test_the_table_of_speeds(tmp_path: Path) -> None:
+    for way, step, rows, peaks in (("single device", 0.02, 64, [1 << 20]), ("DDP", 0.05, 128, [3 << 20, 2 << 20])):
+        found = {"step": step, "rows": rows, "peaks": peaks}
+        method_speed.file_of(tmp_path, "dino", way).write_text(json.dumps(found))
+    _, _, *rows_of_it = method_speed.speed_table(tmp_path, {"dino": "", "byol_digits": ""}).splitlines()
+    assert rows_of_it == [
+        "| `dino` | single device | 20.0 | 64 | 3200 | 1 |",
+        "| `dino` | DDP | 50.0 | 128 | 2560 | 3, 2 |",
+    ]

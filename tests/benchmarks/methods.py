@@ -1,9 +1,9 @@
 """Trains every method of `examples/` in several ways, and prints the table of docs/methods.md: make methods.
 
-    python -m tests.benchmarks.methods [--only NAME ...] [--seeds N] [--folder FOLDER]
+    python -m tests.benchmarks.methods [--only NAME ...] [--seeds N] [--folder FOLDER] [--speed]
 
-Each run leaves a JSON file in the folder, and is not made again while that is there. It ends with an error if ways
-differ that must not.
+With --speed it measures step time and memory instead. Each run leaves a JSON file in the folder, and is not made again
+while that is there. It ends with an error if ways differ that must not.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.benchmarks.method_speed import measure_speeds, speed_table
 from tests.scripts.zygote import ROOT, Zygote
 
 TARGET = "tests.test_examples:run_example"
@@ -87,9 +88,10 @@ def run(zygote: Zygote, folder: Path, method: Method, options: list[str]) -> dic
     out, start = folder / "output", time.monotonic()
     out.mkdir(exist_ok=True, parents=True)
     arguments = {"name": method.name, "options": options}
-    codes = zygote.run(TARGET, 1 if "auto" in options else 2, out, deadline=900, **arguments)
+    ranks = 1 if "auto" in options else 2
+    codes = zygote.run(TARGET, ranks, out, deadline=900, **arguments)
     text = (out / "0.txt").read_text()
-    if any(codes):
+    if codes != [0] * ranks:  # None: it had to be killed
         raise SystemExit(f"{method.name} {options} failed:\n{text}")
     found = re.search(rf"{method.label} (\d\.\d+)", text)
     assert found, text
@@ -142,12 +144,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=sorted({method.name for method in METHODS}))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=ROOT / "build/methods")
+    parser.add_argument("--speed", action="store_true", help="measure step time and memory; the machine must be quiet")
     options = parser.parse_args()
+    wanted = [method for method in METHODS if method.name in options.only]
+    examples = {method.name: method.options for method in reversed(METHODS)}  # those of the first row
     zygote = Zygote()
     try:
-        train(zygote, options.folder, [method for method in METHODS if method.name in options.only], options.seeds)
+        if options.speed:
+            measure_speeds(zygote, options.folder, {method.name: examples[method.name] for method in wanted})
+        else:
+            train(zygote, options.folder, wanted, options.seeds)
     finally:
         zygote.close()
+    if options.speed:
+        print(speed_table(options.folder, {method.name: examples[method.name] for method in METHODS}))
+        return
     print(table(options.folder, METHODS, options.seeds))
     if wrong := differing(options.folder, METHODS, options.seeds):
         raise SystemExit("\n".join(["", *wrong]))
