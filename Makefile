@@ -60,10 +60,10 @@ check: install  ## lint, format, types and import rules
 	$(PY) -m pytest tests/test_import_rules.py
 
 bench: install  ## measure against the rivals
-	$(PY) -m tests.benchmarks $(ARGS)
+	$(PY) -m tests.benchmarks --again $(ARGS)
 
-bench-full: install  ## the same with more problems and every rival, which takes an hour
-	$(PY) -m tests.benchmarks --full $(ARGS)
+bench-full: install  ## the same with more problems and every rival, about two hours; goes on if stopped
+	$(PY) -m tests.benchmarks --full bench-full.json $(ARGS)
 
 methods: install  ## train every example in several ways and print the tables of docs/methods.md; goes on if stopped
 	$(PY) -m tests.benchmarks.methods $(ARGS)

@@ -19,6 +19,8 @@ from typing import Any
 from lightning_tspipe.schedule import Costs
 
 Ahead = tuple[int, ...]
+SIZE = 160_000  # stages x microbatches x tries in a search: less than a second
+FEWEST = 16  # tries, for a large problem
 
 
 def legal(ahead: Sequence[float], microbatches: int, last: int | None = 0) -> Ahead:
@@ -33,7 +35,7 @@ def staircases(
     """Splits in proportion to the holes, from just wide enough to as wide as M allows.
 
     Args:
-        microbatches: M.
+        microbatches: M, of the teacher.
         costs: seconds per action.
         split: whether the rank below returns its gradient after I rather than after the whole backward.
         scales: how much wider than the holes; None: 1, as wide as possible, and between them.
@@ -65,33 +67,44 @@ def slower_messages(costs: Costs) -> Costs:
     return replace(costs, message=costs.message + jitter)
 
 
-def afab_ahead(microbatches: int, costs: Costs, budget: int = 150) -> tuple[Ahead, int]:
-    """The s_k of all-forward-then-backward, and how many were tried: a descent from the best of a few staircases."""
+def afab_ahead(microbatches: int, costs: Costs, budget: int = 150, teacher_microbatches: int = 0) -> tuple[Ahead, int]:
+    """The s_k of all-forward-then-backward, and how many were tried: a descent from the best of a few staircases.
+
+    Args:
+        microbatches: M.
+        costs: seconds per action; `t` is of one of the teacher's microbatches.
+        budget: how many to try.
+        teacher_microbatches: of a batch; 0 stands for M.
+    """
+    budget = min(budget, max(FEWEST, SIZE // (len(costs.t) * microbatches)))
     slower = slower_messages(costs)
     none = (0,) * len(costs.t)
-    plain = afab_period(microbatches, costs, none)
-    floor = 2 * max(costs.work(k, microbatches) for k in range(len(none)))
+    teacher = teacher_microbatches or microbatches
+    plain = afab_period(microbatches, costs, none, teacher)
+    more = teacher - microbatches
+    floor = 2 * max(costs.work(k, microbatches) + more * costs.t[k] for k in range(len(none)))
 
     lowest = math.inf
 
     @functools.cache
     def score(ahead: Ahead) -> tuple[bool, float, int]:
         nonlocal lowest
-        period = afab_period(microbatches, costs, ahead)
-        both = period + afab_period(microbatches, slower, ahead)
+        period = afab_period(microbatches, costs, ahead, teacher)
+        both = period + afab_period(microbatches, slower, ahead, teacher)
         lowest = min(lowest, both)
         return period > plain, float(f"{both:.9g}"), sum(ahead)
 
     def enough() -> bool:
         return score.cache_info().misses >= budget or lowest <= floor
 
-    best = min([none, *staircases(microbatches, costs)], key=score)
-    return vary(best, microbatches, score, enough), score.cache_info().misses
+    best = min([none, *staircases(teacher, costs)], key=score)
+    return vary(best, teacher, score, enough), score.cache_info().misses
 
 
-def afab_period(microbatches: int, costs: Costs, ahead: Sequence[int]) -> float:
+def afab_period(microbatches: int, costs: Costs, ahead: Sequence[int], teacher_microbatches: int = 0) -> float:
     """Step time of all-forward-then-backward: what `clock.clock` gives, in a fraction of the time."""
     stages, every = len(costs.t), range(microbatches)
+    pieces = range(teacher_microbatches or microbatches)
     free, ends, done = [0.0] * stages, [], [0] * stages
 
     def chain(now: float, queue: Sequence[int], seconds: float, arrivals: list[float], sent: list[float]) -> float:
@@ -100,15 +113,15 @@ def afab_period(microbatches: int, costs: Costs, ahead: Sequence[int]) -> float:
             sent[q] = now + costs.message
         return now
 
-    coming = [[0.0] * microbatches for _ in range(stages + 1)]
+    coming = [[0.0] * len(pieces) for _ in range(stages + 1)]
     for step in range(6):
-        teacher, coming = coming, [[0.0] * microbatches for _ in range(stages + 1)]
+        teacher, coming = coming, [[0.0] * len(pieces) for _ in range(stages + 1)]
         student, gradient = [0.0] * microbatches, [0.0] * microbatches
         for k in range(stages):
-            now = chain(free[k], every[done[k] :], costs.t[k], teacher[k], teacher[k + 1])
+            now = chain(free[k], pieces[done[k] :], costs.t[k], teacher[k], teacher[k + 1])
             now = chain(now, every, costs.f[k], student, student)
             done[k] = ahead[k] if step < 5 else 0
-            free[k] = chain(now, every[: done[k]], costs.t[k], coming[k], coming[k + 1])
+            free[k] = chain(now, pieces[: done[k]], costs.t[k], coming[k], coming[k + 1])
         for k in reversed(range(stages)):
             free[k] = chain(free[k], every, costs.seconds("B", k), gradient, gradient)
         if costs.exchange is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Arrangement:
         comm: this rank's connections; None for one stage.
         balance: what the user asked for.
         microbatches: per batch; "auto" if that is to be found.
+        teacher_microbatches: the same of the teacher.
         schedule: the order of the work, or "auto".
         recompute: whether the student's forwards run again in their backwards.
         max_memory: bytes per rank; None: what the device has.
@@ -66,6 +67,7 @@ class Arrangement:
         comm: Comm | None,
         balance: Balance | Placement,
         microbatches: int | str,
+        teacher_microbatches: int | str,
         schedule: str,
         recompute: bool,
         max_memory: int | None,
@@ -75,6 +77,8 @@ class Arrangement:
         self._device = trainer.strategy.root_device
         self._limit = _limit(self._device, max_memory)
         self._broadcast, self._microbatches = broadcast, microbatches
+        self._teacher_microbatches = teacher_microbatches
+        self._rows: float = 0  # of a batch, where one was measured
         self._schedule, self._recompute = schedule, recompute
         source = None if module.momentum is None else module.ema_source()
         cuts = {} if isinstance(balance, Placement) else explicit_cuts(balance, source is not None)
@@ -118,6 +122,7 @@ class Arrangement:
         if isinstance(found, ValueError):
             raise found
         assert found is not None
+        self._rows = found.rows * count
         return layers.cut(*found.sizes), found
 
     def planner(self, options: Options | None, post_ahead: int, resumed: int | None) -> Planner:
@@ -150,6 +155,27 @@ class Arrangement:
             found = self.placement.microbatches or planner.microbatches
             planner.microbatches = found if resumed is None else resumed
         return planner
+
+    def teacher_microbatches(self, planner: Planner, microbatches: int, resumed: Mapping[str, Any]) -> int:
+        """How many the teacher has: what the user gave, what a resumed run or a saved plan had, or what pays.
+
+        What pays is known from measured times only. A teacher in train mode keeps those of the student: how batches are
+        cut shows in its batch statistics and its random numbers.
+
+        Args:
+            planner: of the steps.
+            microbatches: M.
+            resumed: what a checkpoint holds of ours.
+        """
+        if isinstance(self._teacher_microbatches, int):
+            return self._teacher_microbatches
+        if resumed.get("microbatches") == microbatches:
+            return int(resumed.get("teacher_microbatches") or microbatches)
+        if self.placement.microbatches == microbatches and self.placement.teacher_microbatches is not None:
+            return self.placement.teacher_microbatches
+        if not self._rows or self._module.teacher_mode == "train":
+            return microbatches
+        return planner.teacher_microbatches(microbatches, self._rows)
 
     @property
     def _clips(self) -> bool:

@@ -163,6 +163,8 @@ class _Known(NamedTuple):
 
 
 class _Receive:
+    __slots__ = ("buffers", "key", "works")
+
     def __init__(self, key: Hashable) -> None:
         self.key = key
         self.buffers: list[Tensor] = []

@@ -51,7 +51,7 @@ def clock(schedule: Schedule, costs: Costs, *, steps: int = 6) -> Times:
         costs: seconds per action, for as many stages; messages cost only their latency.
         steps: number of optimizer steps, at least 4.
     """
-    stages, count = schedule.stages, schedule.microbatches
+    stages, count = schedule.stages, max(schedule.microbatches, schedule.teacher_microbatches)
     messages = {(kind, k): [math.inf] * (count * (steps + 1)) for kind in "TFB" for k in range(stages)}
     orders, programs = [], []
     for rank, row in enumerate(schedule.ranks):
@@ -105,7 +105,9 @@ def _compile(
     messages: dict[tuple[str, int], list[float]],
 ) -> tuple[list[_Compiled], int]:
     """The actions in the form that `clock` runs through, and the place of the last backward."""
+    costs = costs.per_action(schedule.microbatches, schedule.teacher_microbatches)
     seconds: dict[Kind, float] = {kind: costs.seconds(kind, rank) for kind in ("T", "F", "B", "I", "W")}
+    batch = max(schedule.microbatches, schedule.teacher_microbatches)  # places of messages
     ops: list[_Compiled] = []
     closing = -1
     for place, action in enumerate(actions):
@@ -115,7 +117,7 @@ def _compile(
         ops.append((
             None if source is None else messages[edge, rank],
             None if target is None else messages[edge, target],
-            action.microbatch + schedule.microbatches * action.ahead,
+            action.microbatch + batch * action.ahead,
             seconds[kind],
         ))  # fmt: skip
         if kind in "BIW":

@@ -41,7 +41,8 @@ class BatchInfo:
 
     Args:
         index: number of the batch since training began.
-        sizes: rows of each microbatch.
+        sizes: rows of each microbatch of the student.
+        teacher_sizes: the same of the teacher; one cut is a finer form of the other.
         student, teacher: shapes of the inputs of the networks, whole batch.
         target: structure and shapes of the target.
         batch: structure and shapes of the batch as the loader gave it, for the stand-in that other ranks' hooks get.
@@ -50,6 +51,7 @@ class BatchInfo:
 
     index: int
     sizes: tuple[int, ...]
+    teacher_sizes: tuple[int, ...]
     student: Inputs
     teacher: Inputs
     target: tuple[tree.Structure, Shapes]
@@ -61,6 +63,15 @@ class BatchInfo:
         """How many microbatches the batch is cut into."""
         return len(self.sizes)
 
+    @property
+    def teacher_microbatches(self) -> int:
+        """How many the teacher has."""
+        return len(self.teacher_sizes)
+
+    def rows(self, network: Network, microbatch: int) -> int:
+        """How many a microbatch of one of the networks has."""
+        return (self.teacher_sizes if network == "teacher" else self.sizes)[microbatch]
+
     def key(self, network: Network, microbatch: int) -> Hashable:
         """Equal for microbatches whose activations have equal shapes on every stage."""
         rows = sum(self.sizes)
@@ -69,7 +80,7 @@ class BatchInfo:
             tuple((shape[1:] if shape and shape[0] == rows else shape, dtype) for shape, dtype in shapes)
             for _, shapes in views
         )
-        return network, self.sizes[microbatch], trailing, tuple(structure for structure, _ in views)
+        return network, self.rows(network, microbatch), trailing, tuple(structure for structure, _ in views)
 
     def stand_in(self) -> Any:
         """A batch of the same nesting, shapes and types whose tensors have no memory (device ``meta``)."""
@@ -96,7 +107,15 @@ class Batch:
 
 
 def make_batch(
-    index: int, batch: Any, student: Any, teacher: Any, target: Any, microbatches: int, fixed: bool
+    index: int,
+    batch: Any,
+    student: Any,
+    teacher: Any,
+    target: Any,
+    microbatches: int,
+    fixed: bool,
+    teacher_microbatches: int | None = None,
+    teacher_fixed: bool = False,
 ) -> Batch:
     """Cut what the input hooks returned into microbatches.
 
@@ -106,30 +125,54 @@ def make_batch(
         student, teacher, target: what the hooks made of it.
         microbatches: how many are wanted.
         fixed: the user gave that number, so a smaller batch is an error; else there are as many as rows at most.
+        teacher_microbatches: the same of the teacher, a multiple or a divisor of `microbatches`; None: as many. A batch
+            that has not rows enough for both has as many of either.
+        teacher_fixed: the user gave that number.
 
     Raises:
         ValueError: there is no tensor, views differ in their rows, or there are fewer rows than microbatches.
     """
     rows = check_rows(student, teacher)
-    if rows < microbatches and fixed:
-        raise ValueError(
-            f"A batch of {rows} row(s) cannot be cut into microbatches={microbatches}. Give TSPipeStrategy fewer "
-            'microbatches or "auto", use larger batches, or pass drop_last=True to the DataLoader if this is the last, '
-            "short one."
-        )
+    pieces = microbatches if teacher_microbatches is None else teacher_microbatches
+    for name, most, error in (
+        ("microbatches", microbatches, fixed), ("teacher_microbatches", pieces, teacher_fixed),
+    ):  # fmt: skip
+        if rows < most and error:
+            raise ValueError(
+                f"A batch of {rows} row(s) cannot be cut into {name}={most}. Give TSPipeStrategy fewer microbatches or "
+                '"auto", use larger batches, or pass drop_last=True to the DataLoader if this is the last, short one.'
+            )
     count = min(rows, microbatches)
-    sizes = tuple(rows // count + (index < rows % count) for index in range(count))
+    sizes = even(rows, count)
     leaves, structure = tree.flatten(batch)
     target_leaves, target_structure = tree.flatten(target)
     info = BatchInfo(
         index,
         sizes,
+        (teacher_sizes := nested(sizes, pieces if rows >= max(microbatches, pieces) else count)),
         Inputs.of(student),
         Inputs.of(teacher),
         (target_structure, shapes_of(target_leaves)),
         (structure, shapes_of(leaves)),
     )
-    return Batch(info, _cut(student, sizes), _cut(teacher, sizes), target)
+    return Batch(info, _cut(student, sizes), _cut(teacher, teacher_sizes), target)
+
+
+def even(rows: int, count: int) -> tuple[int, ...]:
+    """Rows in so many parts of nearly equal size, the larger ones first."""
+    return tuple(rows // count + (index < rows % count) for index in range(count))
+
+
+def nested(sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Rows of so many parts, each of which is a part of one that is given, or several of them.
+
+    >>> nested((3, 2), 4), nested((2, 2, 1, 1), 2)
+    ((2, 1, 1, 1), (4, 2))
+    """
+    if count > len(sizes):
+        return tuple(part for size in sizes for part in even(size, count // len(sizes)))
+    each = len(sizes) // count
+    return tuple(sum(sizes[first : first + each]) for first in range(0, len(sizes), each))
 
 
 def _cut(value: Any, sizes: tuple[int, ...]) -> list[list[Any]]:

@@ -37,6 +37,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def _words(size: int) -> int:
+    """Bytes rounded up to whole words."""
+    return -(-size // WORD) * WORD
+
+
 class _End:
     """What a process has of one ring.
 
@@ -55,7 +60,8 @@ class _End:
         self.limit = size // PART
         self._size, self._place, self._wakes, self._woken_by = size, 0, wakes, woken_by
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory, start))
-        self._words = memoryview(memory)[start : start + size].cast("q")
+        # while there is a view of it, the memory stays where it is
+        self._numbers = memoryview(memory)[start : start + size].cast("q")
         self._timeout = timeout
         self._poll = select.poll()
         self._poll.register(woken_by, select.POLLIN)
@@ -74,14 +80,16 @@ class _End:
         except BlockingIOError:  # all that has happened is that the other one closed its socket
             raise ConnectionError("Connection closed by peer") from None
 
-    def _spans(self, size: int) -> tuple[tuple[int, int, int], ...]:
-        """Where the next bytes are, in one piece or two, as (address, bytes, bytes before it); goes on behind them."""
+    def _copy(self, tensors: Sequence[Tensor], read: bool) -> None:
+        """Copy tensors to where the ring is, or back, one after the other, and around its end."""
         at = self._place % self._size
-        self._place += -(-size // WORD) * WORD
-        if at + size <= self._size:
-            return ((self._address + at, size, 0),)
-        first = self._size - at
-        return ((self._address + at, first, 0), (self._address, size - first, first))
+        for tensor in tensors:
+            address, left = tensor.data_ptr(), tensor.nbytes
+            while left:
+                count = min(left, self._size - at)
+                there = self._address + at
+                ctypes.memmove(*((address, there) if read else (there, address)), count)
+                address, left, at = address + count, left - count, (at + count) % self._size
 
 
 class Sender(_End):
@@ -101,20 +109,15 @@ class Sender(_End):
         Raises:
             ConnectionError, TimeoutError: tens of thousands of messages wait, and the other process reads none.
         """
-        needed = WORD + sum(-(-tensor.nbytes // WORD) * WORD for tensor in tensors)
-        if fits := self._has_room(needed + self._size // MARKS):
-            size = sum(tensor.nbytes for tensor in tensors)
-        else:
-            while not self._has_room(WORD):
-                self._free_up_to += self._wait()
-            size = ELSEWHERE
-        self._words[self._place % self._size // WORD] = size
+        size = sum([tensor.nbytes for tensor in tensors])
+        fits = self._has_room(WORD + _words(size) + self._size // MARKS)
+        while not fits and not self._has_room(WORD):
+            self._free_up_to += self._wait()
+        self._numbers[self._place % self._size // WORD] = size if fits else ELSEWHERE
         self._place += WORD
         if fits:
-            for tensor in tensors:
-                address = tensor.data_ptr()
-                for there, count, before in self._spans(tensor.nbytes):
-                    ctypes.memmove(there, address + before, count)
+            self._copy(tensors, read=False)
+            self._place += _words(size)
         os.eventfd_write(self._wakes, 1)
         return fits
 
@@ -152,14 +155,12 @@ class Receiver(_End):
             self._ready = self._wait()
         self._ready -= 1
         begin = self._place
-        size = self._words[begin % self._size // WORD]
+        size = self._numbers[begin % self._size // WORD]
         self._place += WORD
         if size != ELSEWHERE:
-            assert size == sum(tensor.nbytes for tensor in tensors), "the ends of an edge disagree about a message"
-            for tensor in tensors:
-                address = tensor.data_ptr()
-                for there, count, before in self._spans(tensor.nbytes):
-                    ctypes.memmove(address + before, there, count)
+            assert size == sum([tensor.nbytes for tensor in tensors]), "the ends of an edge disagree about a message"
+            self._copy(tensors, read=True)
+            self._place += _words(size)
         self._freed += self._place - begin
         if self._freed >= self._size // 8:  # seldom, since each is a call of the kernel
             os.eventfd_write(self._wakes, self._freed)

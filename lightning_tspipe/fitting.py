@@ -37,6 +37,7 @@ class Fitting:
         comm: this rank's connections; None for one stage.
         planner: makes the schedules.
         microbatches: what the user asked for.
+        teacher_microbatches: how many the teacher has of a batch with rows enough, and whether the user gave them.
         topology: who is who.
         parameters: what this rank trains.
         replicas: data-parallel replicas; None if there are none.
@@ -51,6 +52,7 @@ class Fitting:
         comm: Comm | None,
         planner: Planner,
         microbatches: int | Literal["auto"],
+        teacher_microbatches: tuple[int, bool],
         topology: Topology,
         parameters: Sequence[Tensor],
         replicas: Replicas | None,
@@ -58,6 +60,7 @@ class Fitting:
     ) -> None:
         self._trainer, self._module, self._comm = trainer, module, comm
         self._microbatches, self._topology = microbatches, topology
+        self._teacher_microbatches = teacher_microbatches
         self._teacher = _momentum_teacher(module)
         span = _lightning.profiler_span(trainer)
         self.runtime = Runtime(
@@ -129,7 +132,8 @@ class Fitting:
         updates = not _lightning.accumulates(self._trainer)
         next_version = self._version(step + updates)
         if self._replanner is not None:
-            self._replanner.before_step(self._feed.current.info.microbatches)
+            info = self._feed.current.info
+            self._replanner.before_step(info.microbatches, info.teacher_microbatches)
         self.in_step = True
         with self._trainer.precision_plugin.train_step_context():
             report = self.runtime.run_step(
@@ -201,7 +205,8 @@ class Fitting:
         with logging_by(module, refuse_log):
             batch = _lightning.prepare_batch(self._trainer, raw)
             inputs = module.student_input(batch), module.teacher_input(batch), module.target(batch)
-        return batch, make_batch(self._loaded, batch, *inputs, count, fixed=self._microbatches != "auto")
+        fixed = self._microbatches != "auto"
+        return batch, make_batch(self._loaded, batch, *inputs, count, fixed, *self._teacher_microbatches)
 
     def _is_last_step(self) -> bool:
         trainer = self._trainer

@@ -45,17 +45,20 @@ class Policy:
     patience: float = 0.0
 
 
-def greedy_rows(policy: Policy, microbatches: int, costs: Costs, *, steps: int = 4) -> Rows | None:
+def greedy_rows(
+    policy: Policy, microbatches: int, costs: Costs, *, steps: int = 4, teacher_microbatches: int = 0
+) -> Rows | None:
     """The last of some simulated steps, which is taken as the steady one; None if the ranks get stuck.
 
     Args:
         policy: what a rank may do.
         microbatches: M, at least 1.
-        costs: seconds per action.
+        costs: seconds per action; `t` is of one of the teacher's microbatches.
         steps: how many steps; the first begins with the teacher forwards of `ahead` made.
+        teacher_microbatches: of a batch, a multiple or a divisor of M; 0 stands for M.
     """
-    stages = len(costs.t)
-    ranks = [_Rank(k, policy, microbatches, costs, steps) for k in range(stages)]
+    stages, teacher = len(costs.t), teacher_microbatches or microbatches
+    ranks = [_Rank(k, policy, microbatches, teacher, costs, steps) for k in range(stages)]
     events = [(0.0, k) for k in range(stages)]
     waiting, gate = [stages] * steps, [0.0] * steps  # ranks that are not through with a step, and when the rest was
     while events:
@@ -93,8 +96,8 @@ def greedy_rows(policy: Policy, microbatches: int, costs: Costs, *, steps: int =
 class _Rank:
     """What one rank has done; microbatches are counted through all batches."""
 
-    def __init__(self, stage: int, policy: Policy, microbatches: int, costs: Costs, steps: int) -> None:
-        self.stage, self.policy, self.count, self.steps = stage, policy, microbatches, steps
+    def __init__(self, stage: int, policy: Policy, microbatches: int, teacher: int, costs: Costs, steps: int) -> None:
+        self.stage, self.policy, self.count, self.teacher, self.steps = stage, policy, microbatches, teacher, steps
         self.first, self.last = stage == 0, stage == len(costs.t) - 1
         self.in_flight, self.held, self.ahead = policy.in_flight[stage], policy.held[stage], policy.ahead[stage]
         self.seconds: dict[Kind, float] = {kind: costs.seconds(kind, stage) for kind in ("T", "F", "B", "I", "W")}
@@ -117,23 +120,23 @@ class _Rank:
 
     def choose(self, now: float) -> tuple[Kind | None, float]:
         """What to run now, or None and when to look again."""
-        done, end = self.done, (self.step + 1) * self.count
+        done, end, taught = self.done, (self.step + 1) * self.count, (self.step + 1) * self.teacher
         teacher, forward, backward, weights = done["T"], done["F"], done["B"], done["W"]
         finished = weights if self.policy.split else backward
-        may_return = backward < forward and (not self.last or self._loss_is_there(end))
+        may_return = backward < forward and (not self.last or self._loss_is_there(end, taught))
         soon = self.ready("B", now) if may_return else math.inf
         if soon <= now:
             return self.back, now
         full = forward - finished >= self.held
-        at_t = self.ready("T", now) if teacher < end + self.ahead else math.inf
-        if teacher >= end and forward == self.step * self.count:
+        at_t = self.ready("T", now) if teacher < taught + self.ahead else math.inf
+        if teacher >= taught and forward == self.step * self.count:
             at_t = math.inf  # a rank learns of the next batch only when this one has begun
         at_f = self.ready("F", now) if forward < end and forward - backward < self.in_flight else math.inf
         if full and at_f <= now and weights < backward and self.policy.split:
             return "W", now
         at_f = math.inf if full else at_f
         if self.policy.lead is not None and max(at_t, at_f) <= now:
-            return ("F" if teacher - forward >= self.policy.lead else "T"), now
+            return ("F" if teacher * self.count // self.teacher - forward >= self.policy.lead else "T"), now
         if at_f <= now:
             return "F", now
         soon, patience = min(soon, at_f), self.policy.patience
@@ -143,10 +146,10 @@ class _Rank:
             return "W", now
         return None, min(soon, at_t) if at_t > now else soon
 
-    def _loss_is_there(self, end: int) -> bool:
+    def _loss_is_there(self, end: int, taught: int) -> bool:
         if self.policy.whole:
-            return self.done["F"] == end and self.done["T"] >= end
-        return self.done["T"] > self.done["B"]
+            return self.done["F"] == end and self.done["T"] >= taught
+        return self.done["T"] * self.count >= (self.done["B"] + 1) * self.teacher
 
     def run(self, kind: Kind, now: float) -> float:
         """Run the next action of a kind; returns its end."""
@@ -154,7 +157,7 @@ class _Rank:
         index = self.done[counted]
         self.done[counted] += 1
         if self.step == self.steps - 1:
-            batch, q = divmod(index, self.count)
+            batch, q = divmod(index, self.teacher if kind == "T" else self.count)
             self.row.append(Action(kind, q, batch > self.step))
         self.free = now + self.seconds[kind]
         return self.free
@@ -165,7 +168,7 @@ class _Rank:
 
     def may_close(self, now: float) -> bool:
         """Whether only the optimizer step is left, and may be made."""
-        ahead = self.done["T"] >= (self.step + 1) * self.count + self.ahead
+        ahead = self.done["T"] >= (self.step + 1) * self.teacher + self.ahead
         return ahead and self.backwards_done() and self.gates[self.step] <= now
 
     def close(self, now: float) -> None:

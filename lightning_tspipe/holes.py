@@ -39,14 +39,17 @@ class _Cell:
 Timetable = list[list[_Cell]]
 
 
-def filled(policy: Policy, microbatches: int, costs: Costs, periods: Sequence[float]) -> Iterator[Rows]:
+def filled(
+    policy: Policy, microbatches: int, costs: Costs, periods: Sequence[float], teacher_microbatches: int = 0
+) -> Iterator[Rows]:
     """Rows with the teacher in the student's holes, the most promising first.
 
     Args:
         policy: how the student is ordered; nothing in it that concerns the teacher counts.
         microbatches: M.
-        costs: seconds per action.
+        costs: seconds per action; `t` is of one of the teacher's microbatches.
         periods: seconds of a step to aim at; those that the student alone does not keep are left out.
+        teacher_microbatches: of a batch; 0 stands for M.
     """
     stages = len(costs.t)
     alone = replace(costs, t=(0.0,) * stages, exchange=None)
@@ -61,7 +64,7 @@ def filled(policy: Policy, microbatches: int, costs: Costs, periods: Sequence[fl
         for table in (late, soon):
             if period >= _loop(table, costs) * (1 - NEARLY):
                 for overrun in (0.0, 0.3, 0.6):
-                    made = _fill(table, microbatches, costs, period, overrun)
+                    made = _fill(table, teacher_microbatches or microbatches, costs, period, overrun)
                     if made is not None and made not in known:
                         known.add(made)
                         yield made
@@ -119,7 +122,7 @@ def _fill(table: Timetable, microbatches: int, costs: Costs, period: float, over
 
     Args:
         table: of the student.
-        microbatches: M.
+        microbatches: of the teacher.
         costs: seconds per action.
         period: the table is repeated after so many seconds.
         overrun: by what share of a teacher forward a hole may be too short for it.

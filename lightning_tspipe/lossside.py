@@ -14,6 +14,7 @@ from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch
 from lightning_tspipe.hooks import StepHooks
 from lightning_tspipe.logrelay import LossRelay, LossReport, mean_of
+from lightning_tspipe.schedule import covering
 from lightning_tspipe.scope import world_is
 from lightning_tspipe.stage import Stage, differentiable
 from lightning_tspipe.topology import Topology
@@ -100,7 +101,7 @@ class LossSide:
             target = tree.split(target, sizes)[q]
         rows = [sizes[p] for p in covered]
         student = _merged([self._student_out[p] for p in covered], rows)
-        teacher = _merged([self._teacher_out[batch.info.index][p] for p in covered], rows)
+        teacher = self._teacher_rows(batch, None if whole else q)
         leaves, structure = tree.flatten(student)
         leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
         student = tree.unflatten(leaves, structure)
@@ -137,6 +138,18 @@ class LossSide:
         parts = [_cut(leaf.grad, rows) for leaf in floats]
         for place, p in enumerate(covered):
             self._gradients[p] = [part[place] for part in parts]
+
+    def _teacher_rows(self, batch: Batch, q: int | None) -> list[Any]:
+        """What the teacher gave for the rows of a student microbatch, or of the whole batch, view by view."""
+        info, outputs = batch.info, self._teacher_out[batch.info.index]
+        count, pieces = info.microbatches, info.teacher_microbatches
+        covered = range(pieces) if q is None else covering(q, count, pieces)
+        merged = _merged([outputs[p] for p in covered], [info.teacher_sizes[p] for p in covered])
+        each = count // pieces
+        if q is None or each <= 1:
+            return merged
+        sizes = info.sizes[q - q % each :][:each]  # of those that share one of the teacher's
+        return [tree.split(view, sizes, scaled=True)[q % each] for view in merged]
 
     def _target(self, batch: Batch) -> Any:
         """The whole batch's target, which comes from the first rank."""

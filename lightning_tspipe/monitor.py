@@ -106,7 +106,7 @@ class Recording:
         self._costs = strategy.predicted_costs
         self.watch = self._runtime.stopwatch = Stopwatch(self._runtime.device)
         self._sent = self._bytes
-        self._step = self._microbatches = 0
+        self._step, self._microbatches = 0, (0, 0)
         self._own: Report = (0.0, 0.0, 0.0, 0, 0)
 
     @property
@@ -119,7 +119,7 @@ class Recording:
         self._runtime.stopwatch = None
         assert self._runtime.current is not None
         self._sent, self._step = self._bytes - self._sent, trainer.global_step
-        self._microbatches = self._runtime.current.microbatches
+        self._microbatches = self._runtime.current.microbatches, self._runtime.current.teacher_microbatches
 
     def send(self) -> None:
         """A batch later: the device has come to its end, and rank 0 gets the numbers."""
@@ -140,9 +140,9 @@ class Recording:
     def numbers(self, reports: list[Report]) -> dict[str, float]:
         """What is logged, from what every rank has sent."""
         seconds = max(report[0] for report in reports)
-        plan = self._runtime.planner.find(self._microbatches)
+        plan = self._runtime.planner.find(*self._microbatches)
         costs = self._runtime.costs
-        work = [costs.work(stage, self._microbatches) for stage in range(len(costs.t))]
+        work = [costs.work(stage, self._microbatches[0]) for stage in range(len(costs.t))]
         used = sum(report[1] for report in reports) / len(reports) / seconds
         found = {"utilization": used, "bubble": 1 - used, "step_s": seconds,
                  "planned_utilization": sum(work) / len(work) / plan.period if plan.period else 1.0}  # fmt: skip

@@ -32,6 +32,7 @@ from lightning_tspipe.schedule import (
     Schedule,
     ScheduleError,
     check_scalars,
+    check_teacher_microbatches,
     require,
     validate,
 )
@@ -114,6 +115,7 @@ def make_schedule(
     split_backward: bool = False,
     max_in_flight: Sequence[int] | None = None,
     max_held: Sequence[int] | None = None,
+    teacher_microbatches: int | None = None,
 ) -> Schedule:
     """The fastest schedule that `find_schedule` finds; arguments and errors are the same."""
     return find_schedule(
@@ -126,6 +128,7 @@ def make_schedule(
         split_backward=split_backward,
         max_in_flight=max_in_flight,
         max_held=max_held,
+        teacher_microbatches=teacher_microbatches,
     ).schedule
 
 
@@ -140,6 +143,7 @@ def find_schedule(
     split_backward: bool = False,
     max_in_flight: Sequence[int] | None = None,
     max_held: Sequence[int] | None = None,
+    teacher_microbatches: int | None = None,
 ) -> Found:
     """Search the schedule with the shortest step.
 
@@ -151,18 +155,21 @@ def find_schedule(
     Args:
         stages: P, at least 1.
         microbatches: M, view-microbatches per batch, at least 1.
-        costs: seconds per action; None means t = f = b = w.
+        costs: seconds per student microbatch; None means t = f = b = w.
         lookahead: False keeps the teacher within its own step (delay 0 of a momentum teacher).
         loss_over: "batch" if the loss needs all outputs of the batch at once, else "microbatch".
         order: one of `ORDERS`; "auto" is the fastest of those that the other arguments allow.
         split_backward: whether "auto" may split the backward into I and W; it does if that makes the step 1 % shorter.
         max_in_flight, max_held: as in `schedule.validate`; None: no bound for "auto".
+        teacher_microbatches: of a batch, a multiple or a divisor of M; None: M.
 
     Raises:
         ValueError: a bad argument, or nothing that keeps the bounds.
     """
     require(order in ORDERS, f"order is {order!r}: choose from {', '.join(ORDERS)}")
     check_scalars(stages, microbatches, loss_over, costs)
+    teacher = microbatches if teacher_microbatches is None else teacher_microbatches
+    check_teacher_microbatches(microbatches, teacher)
     costs = costs or Costs.uniform(stages)
     for name, bound in (("max_in_flight", max_in_flight), ("max_held", max_held)):
         fits = bound is None or (len(bound) == stages and min(bound) >= 1)
@@ -172,7 +179,7 @@ def find_schedule(
     if loss_over == "batch":
         require(names != lean, f'order "{order}" needs a loss per microbatch: set loss_over="microbatch", or take afab')
         names = [name for name in names if name not in lean]
-    search = _Search(microbatches, costs, lookahead, loss_over, order == "auto", max_in_flight, max_held)
+    search = _Search(microbatches, teacher, costs, lookahead, loss_over, order == "auto", max_in_flight, max_held)
     if any(min(limit) < microbatches for limit in (search.in_flight, search.held)):
         names = [name for name in names if name in lean]
         hint = "allow more, or take fewer microbatches" + ', or set loss_over="microbatch"' * (loss_over == "batch")
@@ -195,6 +202,7 @@ class _Search:
     """One search: what is asked for, and the best that was found."""
 
     microbatches: int
+    teacher: int  # its microbatches
     costs: Costs
     lookahead: bool
     loss_over: LossOver
@@ -215,7 +223,8 @@ class _Search:
         )
         self.bound = max(self.costs.work(k, self.microbatches) for k in range(self.stages))
         self.slower = slower_messages(self.costs)
-        self.budget = min(MOST, max(FEWEST, BUDGET // (self.stages * self.microbatches)))
+        self.actions = self.costs.per_action(self.microbatches, self.teacher)
+        self.budget = min(MOST, max(FEWEST, BUDGET // (self.stages * max(self.microbatches, self.teacher))))
 
     def run(self, names: Sequence[str]) -> Found:
         self.plain(names)
@@ -240,7 +249,7 @@ class _Search:
         return self.best.score[1] <= 2 * self.bound * NEAR or self.evaluations >= self.budget // 4
 
     def schedule(self, rows: Rows) -> Schedule:
-        return Schedule(self.stages, self.microbatches, self.loss_over, rows)
+        return Schedule(self.stages, self.microbatches, self.loss_over, rows, self.teacher)
 
     def offer(self, name: str, rows: Rows, policy: Policy | None = None) -> Score:
         """Time the rows, and keep them if they are the best."""
@@ -262,7 +271,7 @@ class _Search:
         """The orders without a search, which set the limit for all others."""
         found = []
         for name in names:
-            for rows in plain_rows(name, self.stages, self.microbatches):
+            for rows in plain_rows(name, self.stages, self.microbatches, self.teacher):
                 schedule = self.schedule(rows)
                 try:
                     validate(schedule, max_in_flight=self.in_flight, max_held=self.held)
@@ -275,10 +284,12 @@ class _Search:
 
     def all_forward_first(self, budget: int) -> None:
         """All forwards, then all backwards; the teacher in one block before each."""
-        count = self.microbatches
-        ahead, evaluations = afab_ahead(count, self.costs, budget) if self.lookahead else ((0,) * self.stages, 0)
+        ahead, evaluations = (0,) * self.stages, 0
+        if self.lookahead:
+            ahead, evaluations = afab_ahead(self.microbatches, self.actions, budget, self.teacher)
         self.evaluations += evaluations
-        own, forward, backward = ([Action(kind, q) for q in range(count)] for kind in AFAB)
+        counts = self.teacher, self.microbatches, self.microbatches
+        own, forward, backward = ([Action(k, q) for q in range(n)] for k, n in zip(AFAB, counts, strict=True))
         self.offer(
             "afab", tuple((*own[s:], *forward, *(replace(a, ahead=True) for a in own[:s]), *backward) for s in ahead)
         )
@@ -302,7 +313,7 @@ class _Search:
         bound = max(self.costs.work(k, self.microbatches, name in SPLIT) for k in range(self.stages))
         periods = [bound * share for share in (1, 1.01, 1.03, 1.06)]
         for limit in self.limits(name):
-            for rows in filled(self.policy(name, limit), self.microbatches, self.costs, periods):
+            for rows in filled(self.policy(name, limit), self.microbatches, self.actions, periods, self.teacher):
                 yield name, rows
 
     def greedy(self, names: Sequence[str]) -> None:
@@ -324,7 +335,7 @@ class _Search:
         if self.lookahead:
             vary(
                 policy.ahead,
-                self.microbatches,
+                self.teacher,
                 lambda ahead: self.evaluate(name, replace(policy, ahead=ahead)),
                 lambda: self.enough or self.evaluations - before >= self.budget,
                 last=0 if policy.ahead[-1] == 0 else None,
@@ -333,7 +344,7 @@ class _Search:
     def evaluate(self, name: str, policy: Policy) -> Score:
         if (known := self.seen.get((name, policy))) is not None:
             return known
-        rows = greedy_rows(policy, self.microbatches, self.costs)
+        rows = greedy_rows(policy, self.microbatches, self.actions, teacher_microbatches=self.teacher)
         if rows is None:
             self.evaluations += 1
             score: Score = (True, math.inf, 0, 0)
@@ -359,7 +370,7 @@ class _Search:
 
     def policies(self, name: str) -> Iterator[tuple[str, Policy]]:
         """The policies of an order to try, the most promising first."""
-        stages, count, limits = self.stages, self.microbatches, self.limits(name)
+        stages, count, limits = self.stages, self.teacher, self.limits(name)
         base = self.policy(name, self.in_flight)
         split = base.split
         leads: tuple[int | None, ...] = (1, 0, stages, None)
@@ -371,7 +382,7 @@ class _Search:
             yield name, replace(base, in_flight=limit, lead=lead, patience=patience)
         if self.lookahead:
             for ahead, limit in itertools.product(
-                unique([*staircases(count, self.costs, split=split), (count,) * stages]), limits
+                unique([*staircases(count, self.actions, split=split), (count,) * stages]), limits
             ):
                 yield name, replace(base, in_flight=limit, ahead=ahead)
 

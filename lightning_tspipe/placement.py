@@ -31,7 +31,7 @@ class Placement:
         passed: bytes per stage that go in and out of it with a microbatch, which is all that it holds with `recompute`;
             `held` is there for one microbatch at a time then.
         rows: samples of a microbatch in the measurement.
-        microbatches: per batch, if a number was chosen.
+        microbatches, teacher_microbatches: per batch, of the student and of the teacher, if numbers were chosen.
         recompute: whether each backward begins with its forward again.
     """
 
@@ -51,6 +51,7 @@ class Placement:
     recompute: bool = False
     first: tuple[float, ...] = ()
     rest: tuple[float, ...] = ()
+    teacher_microbatches: int | None = None
 
     @property
     def stages(self) -> int:

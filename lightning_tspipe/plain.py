@@ -17,12 +17,14 @@ from lightning_tspipe.schedule import Action, Kind
 AFAB: tuple[Kind, Kind, Kind] = ("T", "F", "B")
 
 
-def plain_rows(name: str, stages: int, microbatches: int) -> list[Rows]:
+def plain_rows(name: str, stages: int, microbatches: int, teacher_microbatches: int = 0) -> list[Rows]:
     """Orders without lookahead: each teacher forward right before the student's, and for afab also all before all."""
-    every = range(microbatches)
-    both = [(Action("T", q), Action("F", q)) for q in every]
+    every, pieces = range(microbatches), teacher_microbatches or microbatches
+    begun = [-(-q * pieces // microbatches) for q in range(microbatches + 1)]  # teacher forwards before each student's
+    both = [(*(Action("T", p) for p in range(begun[q], begun[q + 1])), Action("F", q)) for q in every]
     if name == "afab":
-        own, forward, backward = ([Action(kind, q) for q in every] for kind in AFAB)
+        own = [Action("T", p) for p in range(pieces)]
+        forward, backward = ([Action(kind, q) for q in every] for kind in AFAB[1:])
         return [((*own, *forward, *backward),) * stages, ((*itertools.chain(*both), *backward),) * stages]
     inputs, weights = [Action("I", q) for q in every], [Action("W", q) for q in every]
     if name == "afab-split":

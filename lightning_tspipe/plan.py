@@ -12,10 +12,11 @@ from typing import Any
 from lightning_tspipe.layers import Layer
 from lightning_tspipe.orders import ORDERS, SPLIT, Found, find_schedule, minimal_microbatches
 from lightning_tspipe.partition import Partition
-from lightning_tspipe.schedule import Costs, LossOver, Schedule
+from lightning_tspipe.schedule import Costs, LossOver, Schedule, check_teacher_microbatches
 from lightning_tspipe.simulate import ReplayError, replay
 
 SCHEDULES = ORDERS
+LARGE = 1024  # stages x microbatches of the teacher with which a search takes about a second
 
 
 def estimate_costs(partition: Partition) -> Costs:
@@ -27,10 +28,18 @@ def estimate_costs(partition: Partition) -> Costs:
     return Costs(t=tuple(count / unit for count in teacher), f=forward, b=forward, w=forward)
 
 
-def check_plan_arguments(microbatches: int | str, schedule: str) -> None:
-    """Raises ValueError for a number of microbatches or an order that does not exist."""
-    if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
-        raise ValueError(f'microbatches={microbatches!r}: give a number of at least 1, or "auto"')
+def check_plan_arguments(microbatches: int | str, schedule: str, teacher_microbatches: int | str = "auto") -> None:
+    """Raises ValueError for numbers of microbatches, or an order, that do not exist or do not go together."""
+    for name, value in (("microbatches", microbatches), ("teacher_microbatches", teacher_microbatches)):
+        if value != "auto" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f'{name}={value!r}: give a number of at least 1, or "auto"')
+    if isinstance(teacher_microbatches, int):
+        if not isinstance(microbatches, int):
+            raise ValueError(
+                f"teacher_microbatches={teacher_microbatches} with microbatches={microbatches!r}: one has to divide "
+                'the other, so give both numbers, or leave teacher_microbatches="auto"'
+            )
+        check_teacher_microbatches(microbatches, teacher_microbatches)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is unknown: choose from {', '.join(map(repr, SCHEDULES))}")
 
@@ -98,7 +107,7 @@ class Planner:
         }  # fmt: skip
         self._order = schedule
         self._find = cache(partial(find_schedule, stages, costs=costs, order=schedule, **self._arguments))
-        self._replayed: set[int] = set()
+        self._replayed: set[tuple[int, int]] = set()
         self._find(1)  # an order that the loss does not allow is an error here
         self._fewest = partial(
             minimal_microbatches,
@@ -127,19 +136,45 @@ class Planner:
         Raises:
             ReplayError: the ranks would wait for each other.
         """
-        self.post_ahead = self._runs_with(self.schedule(old.microbatches), old.ahead)
+        made = self.schedule(old.microbatches, old.teacher_microbatches)
+        self.post_ahead = self._runs_with(made, old.ahead)
 
-    def find(self, microbatches: int) -> Found:
-        """The schedule for batches of that many microbatches, and what is known of it."""
-        found = self._find(microbatches)
-        if microbatches not in self._replayed:
+    def find(self, microbatches: int, teacher: int | None = None) -> Found:
+        """The schedule for batches of that many microbatches, and what is known of it.
+
+        Args:
+            microbatches: M.
+            teacher: how many of the teacher; None: M.
+        """
+        teacher = microbatches if teacher is None else teacher
+        found = self._found(microbatches, teacher)
+        if (microbatches, teacher) not in self._replayed:
             self.post_ahead = self._runs_with(found.schedule)
-            self._replayed.add(microbatches)
+            self._replayed.add((microbatches, teacher))
         return found
 
-    def schedule(self, microbatches: int) -> Schedule:
-        """The schedule for batches of that many microbatches."""
-        return self.find(microbatches).schedule
+    def schedule(self, microbatches: int, teacher: int | None = None) -> Schedule:
+        """The schedule for batches of that many microbatches, of the student and of the teacher."""
+        return self.find(microbatches, teacher).schedule
+
+    def teacher_microbatches(self, microbatches: int, most: float = math.inf) -> int:
+        """How many the teacher should have for M of the student: M, or 2 M or 4 M if that makes the step 1 % shorter.
+
+        They are tried where a teacher forward takes longer than the student's, so that it is a coarse thing to fill
+        holes with, and where M is 1 % off the bound; large problems are left out, for the time that it takes. Fewer
+        than M fill no hole that M does not.
+
+        Args:
+            microbatches: M.
+            most: rows of a batch, which cannot be cut into more.
+        """
+        best, share = microbatches, self._share(microbatches)
+        most = min(most, LARGE / len(self.costs.t))
+        for count in (2 * microbatches, 4 * microbatches):
+            if max(self.costs.t) > max(self.costs.f) and share < 0.99 and count <= most:
+                found = self._share(microbatches, count)
+                best, share = (count, found) if found > 1.01 * share else (best, share)
+        return best
 
     def best_microbatches(self, most: int) -> int:
         """The fewest microbatches, up to `most`, with which a step is within 1 % of the shortest for the same batch.
@@ -156,10 +191,15 @@ class Planner:
         shares = [self._share(count) for count in tries]
         return next(count for count, share in zip(tries, shares, strict=True) if share >= 0.99 * max(shares))
 
-    def _share(self, microbatches: int) -> float:
+    def _found(self, microbatches: int, teacher: int) -> Found:
+        if teacher == microbatches:
+            return self._find(microbatches)
+        return self._find(microbatches, teacher_microbatches=teacher)
+
+    def _share(self, microbatches: int, teacher: int | None = None) -> float:
         """The bound over the step; 0 where no order keeps the bounds on memory."""
         try:
-            found = self._find(microbatches)
+            found = self._found(microbatches, microbatches if teacher is None else teacher)
         except ValueError:
             return 0.0
         return found.bound / found.period if found.period else 1.0

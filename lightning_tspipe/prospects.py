@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from lightning_tspipe.orders import ORDERS, find_schedule, minimal_microbatches
-from lightning_tspipe.rivals import periods
+from lightning_tspipe.rivals import ways
 from lightning_tspipe.schedule import Costs, LossOver
 from lightning_tspipe.simulate import timeline
 from lightning_tspipe.table import table
@@ -17,14 +17,17 @@ from lightning_tspipe.table import table
 GB = 1e9
 SPLIT = ("afab-split", "zb")
 SHORT = 0.5e-3  # seconds of an action that are not much more than what the runtime adds
+TRIES = (64, 32, 16)  # microbatches of a larger batch
 CLEARLY = 0.99  # what is within 1 % is as fast
 ASSUMPTIONS = """\
 Assumed: costs are those of a microbatch in every way, though larger batches are often more efficient per sample,
-which favours DDP and FSDP. Every pipeline cuts the batch into the same microbatches. Activations travel while ranks
-work; only their latency counts. The optimizer's step is left out. Fused: a stage's forward runs teacher and
-student. Two chunks per rank (interleaved, ZBV) are halves of a stage. ZBV is a greedy order within the memory of
-1F1B, not the one that its authors search. DDP sends gradients while it computes its backward. FSDP gathers and
-scatters while it computes anything, and the layer that is gathered is not in its memory."""
+which favours DDP and FSDP. Every pipeline cuts the batch into the same microbatches; "M=" is a rival with as many as
+are best for it, up to 64 and what fits: a larger batch, whose time is given for as many samples as the others have, and
+which is no choice here. Activations travel while ranks work; only their latency counts. The optimizer's step is left
+out. Fused: a stage's forward runs teacher and student. Two chunks per rank (interleaved, ZBV) are halves of a stage.
+ZBV is a greedy order within the memory of 1F1B, not the one that its authors search. DDP sends gradients while it
+computes its backward. FSDP gathers and scatters while it computes anything, and the layer that is gathered is
+not in its memory."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Prospect:
         any_loss: whether it can train a loss over the batch.
         ours: whether this package does it.
         known: whether `seconds` is more than a lower bound.
+        microbatches: of a pipeline's batch; None: as many as were asked for.
+        larger: whether those are more than were asked for; `seconds` are still of as many.
     """
 
     name: str
@@ -90,6 +95,8 @@ class Prospect:
     any_loss: bool = True
     ours: bool = False
     known: bool = True
+    microbatches: int | None = None
+    larger: bool = False
 
     def fits(self, machine: Machine) -> bool | None:
         """Whether it fits into memory; None: not known."""
@@ -121,19 +128,43 @@ def prospects(pair: Pair, microbatches: int, machine: Machine) -> list[Prospect]
             made = find()
         peak = _peak(pair, timeline(made.schedule, costs).held, split)
         found.append(Prospect(f'tspipe, schedule="{order}"', made.period, mean / made.period, peak, any_loss, True))
+    now = [_rival(name, run(), pair, microbatches, microbatches) for name, run in ways(costs, microbatches).items()]
+    larger = _larger(pair, microbatches, machine, {one.name: one.seconds for one in now})
+    return [*found, *now, *larger, *_data_parallel(pair, microbatches, machine, mean)]
+
+
+def _rival(name: str, seconds: float, pair: Pair, count: int, microbatches: int) -> Prospect:
+    """Another pipeline whose step with `count` microbatches takes so long; given is what `microbatches` take of it."""
+    stages, order = pair.stages, name.split(",")[0]
     held: dict[str, Sequence[float]] = {
-        "GPipe": [microbatches] * stages,
-        "1F1B": [min(microbatches, stages - k) for k in range(stages)],
-        "ZB1P": [min(microbatches, stages)] * stages,
-        "interleaved 1F1B": [min(microbatches, (3 * stages - 2 * k) / 2) for k in range(stages)],
-        "ZBV": [min(microbatches, stages + 0.5)] * stages,
+        "GPipe": [count] * stages,
+        "1F1B": [min(count, stages - k) for k in range(stages)],
+        "ZB1P": [min(count, stages)] * stages,
+        "interleaved 1F1B": [min(count, (3 * stages - 2 * k) / 2) for k in range(stages)],
+        "ZBV": [min(count, stages + 0.5)] * stages,
     }
-    for name, seconds in periods(costs, microbatches).items():
-        order = name.split(",")[0]
-        whole = order not in held  # all microbatches at once
-        peak = _peak(pair, held.get(order, [microbatches] * stages), order.startswith("ZB"))
-        found.append(Prospect(name, seconds, mean / seconds, peak, any_loss=whole))
-    return [*found, *_data_parallel(pair, microbatches, machine, mean)]
+    whole = order not in held  # all microbatches at once
+    peak = _peak(pair, held.get(order, [count] * stages), order.startswith("ZB"))
+    work = [pair.costs.work(stage, microbatches) - pair.costs.optimizer for stage in range(stages)]
+    each = seconds * microbatches / count
+    return Prospect(name, each, sum(work) / stages / each, peak, any_loss=whole, microbatches=count)
+
+
+def _larger(pair: Pair, microbatches: int, machine: Machine, now: Mapping[str, float]) -> list[Prospect]:
+    """The rivals that a larger batch makes faster, each with the most microbatches that fit: its bubbles do not grow.
+
+    Args:
+        pair, microbatches, machine: as in `prospects`.
+        now: seconds with as many microbatches as all have.
+    """
+    best: dict[str, Prospect] = {}
+    for count in (most - most % pair.stages for most in TRIES):  # interleaving needs a multiple
+        for name, run in ways(pair.costs, count).items() if count > microbatches else ():
+            blind = _rival(name, math.inf, pair, count, microbatches)
+            if name not in best and not blind.any_loss and blind.fits(machine) is not False:
+                best[name] = _rival(name, run(), pair, count, microbatches)
+    return [replace(one, name=f"{name}, M={one.microbatches}", larger=True)
+            for name, one in best.items() if one.seconds < CLEARLY * now.get(name, math.inf)]  # fmt: skip
 
 
 def _memory(pair: Pair, split: bool) -> tuple[Sequence[float], Sequence[float]]:
@@ -210,7 +241,7 @@ def verdict(pair: Pair, microbatches: int, machine: Machine, found: Sequence[Pro
         found: what it gave.
     """
     ours = _best(pair, machine, [one for one in found if one.ours])
-    rivals = [one for one in found if not one.ours]
+    rivals = [one for one in found if not one.ours and not one.larger]
     sure = _best(pair, machine, [one for one in rivals if one.known])
     if ours is None:
         fitting = _best(pair, machine, rivals)

@@ -48,28 +48,32 @@ class Replanner:
         self._steps, self._done = 0, False
         self._before: tuple[Seconds, Mapping[str, int]] = {}, {}
 
-    def before_step(self, microbatches: int) -> None:
+    def before_step(self, microbatches: int, teacher: int | None = None) -> None:
         """Call it before each step, on all ranks.
 
         Args:
             microbatches: of the batch that the step is for. One that has less than those before is no time to plan.
+            teacher: how many the teacher has; None: as many.
         """
-        current = self._runtime.current
+        current, teacher = self._runtime.current, microbatches if teacher is None else teacher
         if self._steps == WARM_UP:
             self._before = dict(self._runtime.spent), dict(self._runtime.ran)
-        due = self._steps >= WARM_UP + MEASURED and current is not None and current.microbatches == microbatches
+        same = current is not None and (current.microbatches, current.teacher_microbatches) == (microbatches, teacher)
+        due = self._steps >= WARM_UP + MEASURED and same
         self._steps += 1
         if due and not self._done:
             self._done = True
-            self._plan(microbatches)
+            self._plan(microbatches, teacher)
 
-    def _plan(self, microbatches: int) -> None:
+    def _plan(self, microbatches: int, teacher: int) -> None:
         spent, ran = self._runtime.spent, self._runtime.ran
         seconds, counts = self._before
         counted = {kind: count - counts.get(kind, 0) for kind, count in ran.items()}
         mine = {kind: (spent[kind] - seconds.get(kind, 0.0)) / count for kind, count in counted.items() if count}
         ranks: Sequence[Seconds] = self._comm.share(self._comm.gather(mine), 0)
-        planner = better(self._runtime.planner, measured(self._runtime.planner.costs, ranks), microbatches)
+        costs = measured(self._runtime.planner.costs, ranks)
+        costs = costs.per_action(teacher, microbatches)  # a T has run on one of the teacher's
+        planner = better(self._runtime.planner, costs, microbatches, teacher)
         if planner is not None:
             self._runtime.follow(planner)
 
@@ -96,12 +100,12 @@ def measured(costs: Costs, ranks: Sequence[Seconds]) -> Costs:
     return replace(costs, t=t, f=f, b=b, w=w, whole=tuple(whole) if costs.whole else ())
 
 
-def better(planner: Planner, costs: Costs, microbatches: int) -> Planner | None:
+def better(planner: Planner, costs: Costs, microbatches: int, teacher: int | None = None) -> Planner | None:
     """A planner with these costs, if its schedule is the shorter one and can follow the old one's last step."""
-    old = planner.schedule(microbatches)
+    old = planner.schedule(microbatches, teacher)
     before = clock(old, costs).period
     made = planner.again(costs)
-    found = made.find(microbatches)
+    found = made.find(microbatches, teacher)
     if found.period * GAIN > before:
         log.debug("The plan stays: %.4g s per step by measured times, %.4g s at best.", before, found.period)
         return None

@@ -12,6 +12,7 @@ https://arxiv.org/abs/2104.04473; Qi et al., "Zero Bubble" (ZB1P, ZBV), https://
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -123,8 +124,7 @@ def v_shaped(microbatches: int, stages: Stages) -> Rows:
     """
     ranks = max(stages.ranks) + 1
     rows: Rows = [[] for _ in range(ranks)]
-    waiting = [{(kind, k, q) for kind in "FIW" for k in (rank, 2 * ranks - 1 - rank) for q in range(microbatches)}
-               for rank in range(ranks)]  # fmt: skip
+    coming = [{(kind, k): 0 for kind in "FIW" for k in (rank, 2 * ranks - 1 - rank)} for rank in range(ranks)]
     done: dict[Op, float] = {}
     free, held = [0.0] * ranks, [0] * ranks
 
@@ -139,27 +139,28 @@ def v_shaped(microbatches: int, stages: Stages) -> Rows:
     def urgency(op: Op) -> tuple[int, int, int]:
         return "IFW".index(op[0]), -op[1] if op[0] == "F" else 0, op[2]
 
-    while any(waiting):
-        best = min(
-            (starts(op, rank), rank, urgency(op), op) for rank in range(ranks) for op in _next(waiting[rank])
-        )  # the earliest, and there the most urgent
-        start, rank, _, op = best
+    def next_of(rank: int) -> tuple[float, int, tuple[int, int, int], Op] | None:
+        """The earliest, and there the most urgent."""
+        ops = [(*key, q) for key, q in coming[rank].items() if q < microbatches]
+        return min(((starts(op, rank), rank, urgency(op), op) for op in ops), default=None)
+
+    best = [next_of(rank) for rank in range(ranks)]
+    queue = [one for one in best if one is not None]
+    while queue:
+        found = heapq.heappop(queue)
+        start, rank, _, op = found
+        if found != best[rank]:
+            continue  # another has come before it since
         assert start < math.inf, "the ranks wait for each other"
         free[rank] = done[op] = start + stages.seconds(op)
         held[rank] += (op[0] == "F") - (op[0] == "W")
-        waiting[rank].remove(op)
+        coming[rank][op[:2]] += 1
         rows[rank].append(op)
+        for k in {rank, *(stages.ranks[k] for k in (op[1] - 1, op[1] + 1) if 0 <= k <= stages.last)}:
+            best[k] = again = next_of(k)
+            if again is not None:
+                heapq.heappush(queue, again)
     return rows
-
-
-def _next(waiting: set[Op]) -> list[Op]:
-    """Of each kind and stage the next microbatch."""
-    first: dict[tuple[str, int], Op] = {}
-    for op in waiting:
-        key = op[:2]
-        if key not in first or op[2] < first[key][2]:
-            first[key] = op
-    return list(first.values())
 
 
 def fused(costs: Costs) -> Costs:
@@ -189,6 +190,11 @@ def streaming(costs: Costs, microbatches: int) -> float:
 
 def periods(costs: Costs, microbatches: int) -> dict[str, float]:
     """Seconds of a step of every rival; the interleaved one only where it exists."""
+    return {name: seconds() for name, seconds in ways(costs, microbatches).items()}
+
+
+def ways(costs: Costs, microbatches: int) -> dict[str, Callable[[], float]]:
+    """The same, each simulated when it is called."""
     count = len(costs.t)
     plain, both = Stages(tuple(range(count)), costs), Stages(tuple(range(count)), fused(costs))
     gp, f1b1 = (of_student(order, count, microbatches) for order in ("afab", "1f1b"))
@@ -207,4 +213,4 @@ def periods(costs: Costs, microbatches: int) -> dict[str, float]:
             lazily["interleaved 1F1B, teacher fused"] = lambda: period(interleaved(count, microbatches), around)
         vee = halves(both.costs, [*range(count), *reversed(range(count))])
         lazily["ZBV, teacher fused"] = lambda: period(v_shaped(microbatches, vee), vee)
-    return {name: seconds() for name, seconds in lazily.items()}
+    return lazily

@@ -77,7 +77,7 @@ class Runtime:
         self._keys: dict[Hashable, int] = {}  # short names of messages' shapes
         self._next: Batch | None = None
         self._pending: Batch | None = None  # its teacher work has begun somewhere in the pipeline
-        self._programs: dict[tuple[int, int], tuple[Op, ...]] = {}
+        self._programs: dict[tuple[int, int, int], tuple[Op, ...]] = {}
         self.current: Schedule | None = None  # of the last step
         self.spent: dict[str, float] = dict.fromkeys("TFBIW", 0.0)  # seconds per kind of action, waits left out
         self.ran: Counter[str] = Counter()  # actions per kind
@@ -112,9 +112,9 @@ class Runtime:
         self.planner = planner
         self._programs.clear()
 
-    def schedule(self, microbatches: int) -> Schedule:
-        """The schedule that steps of that many microbatches follow."""
-        return self.planner.schedule(microbatches)
+    def schedule(self, microbatches: int, teacher: int | None = None) -> Schedule:
+        """The schedule that steps of that many microbatches follow; None: as many of the teacher."""
+        return self.planner.schedule(microbatches, teacher)
 
     def run_step(
         self,
@@ -143,7 +143,7 @@ class Runtime:
             The loss and what it logged, the same on every rank.
         """
         self._hooks, self._next = hooks, None
-        self.current = self.schedule(batch.info.microbatches)
+        self.current = self.schedule(batch.info.microbatches, batch.info.teacher_microbatches)
         self._versions[batch.info.index], self._completed, self._updates = version, completed, updates
         self._gradients_done, self._pending = 0, None
         watch = self.stopwatch
@@ -151,7 +151,7 @@ class Runtime:
             watch.next_step()
         self._loss.begin(batch, hooks)
         asked = False
-        for op in self._program(batch.info.microbatches, self._done.pop(batch.info.index, 0)):
+        for op in self._program(self.current, self._done.pop(batch.info.index, 0)):
             action, target = op.action, batch
             if action.ahead:
                 if lookahead and not asked:
@@ -159,7 +159,7 @@ class Runtime:
                     self._next, asked = self._load(upcoming, batch), True
                     if self._next is not None:
                         self._versions[self._next.info.index] = next_version
-                if self._next is None or action.microbatch >= self._next.info.microbatches:
+                if self._next is None or action.microbatch >= self._next.info.teacher_microbatches:
                     continue
                 target = self._next
             try:
@@ -171,7 +171,7 @@ class Runtime:
                         self._table[op.verb, action.kind](target, action.microbatch)
                         watch.end()
             except Exception:
-                self._show(batch.info.microbatches, action)
+                self._show(self.current, action)
                 raise
         if self._teacher is not None and updates:
             self._teacher.advance(completed, completed)  # the optimizer is about to replace this student
@@ -184,7 +184,7 @@ class Runtime:
         self._finish(batch)
         if not asked:
             self._next = self._load(upcoming, batch)
-        if lookahead and self._next is not None and any(self.schedule(batch.info.microbatches).ahead):
+        if lookahead and self._next is not None and any(self.current.ahead):
             self._pending = self._next
             self._versions[self._next.info.index] = next_version
         return report
@@ -204,7 +204,7 @@ class Runtime:
         if batch is None:
             return
         index = batch.info.index
-        rest = [Action("T", q) for q in range(self._done.pop(index, 0), batch.info.microbatches)]
+        rest = [Action("T", q) for q in range(self._done.pop(index, 0), batch.info.teacher_microbatches)]
         for op in lower(rest, self._place, self._topology.stages):
             self._table[op.verb, op.action.kind](batch, op.action.microbatch)
         self._stage.leave()
@@ -222,15 +222,14 @@ class Runtime:
                 channel.retire(batch.info.microbatches)
             self._comm.end_step()
 
-    def _program(self, microbatches: int, done: int) -> tuple[Op, ...]:
-        if (microbatches, done) not in self._programs:
-            row = self.schedule(microbatches).ranks[self._place]
-            order, post_ahead = step_order(row, done), self.planner.post_ahead
-            self._programs[microbatches, done] = lower(order, self._place, self._topology.stages, post_ahead=post_ahead)
-        return self._programs[microbatches, done]
+    def _program(self, schedule: Schedule, done: int) -> tuple[Op, ...]:
+        key = schedule.microbatches, schedule.teacher_microbatches, done
+        if key not in self._programs:
+            order, post_ahead = step_order(schedule.ranks[self._place], done), self.planner.post_ahead
+            self._programs[key] = lower(order, self._place, self._topology.stages, post_ahead=post_ahead)
+        return self._programs[key]
 
-    def _show(self, microbatches: int, action: Action) -> None:
-        schedule = self.schedule(microbatches)
+    def _show(self, schedule: Schedule, action: Action) -> None:
         row = schedule.ranks[self._place]
         position = row.index(action) if action in row else 0
         where = f"{self._topology.describe(self._topology.rank)} failed at {action}"
@@ -253,7 +252,7 @@ class Runtime:
     def _key(self, kind: str, batch: Batch, q: int) -> int:
         """Equal for messages of equal shapes; a gradient has the key of the activation that it belongs to."""
         network: Network = "teacher" if kind == "T" else "student"
-        name = (network, batch.info.sizes[q])
+        name = (network, batch.info.rows(network, q))
         if name not in batch.keys:
             batch.keys[name] = self._keys.setdefault(batch.info.key(network, q), len(self._keys))
         return batch.keys[name]

@@ -36,6 +36,7 @@ class CheckpointStrategy(ProcessStrategy):
     _fitting: Fitting | None = None
     _seed = 0
     _chosen: int | None = None  # microbatches per batch
+    _teacher_chosen: int | None = None
     _state_dict_type: Literal["full", "sharded"] = "full"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -98,7 +99,8 @@ class CheckpointStrategy(ProcessStrategy):
             log.warning("%s is not saved: every rank has its own stage only, and one is lost", filepath)
             return
         if "optimizer_states" in checkpoint:
-            checkpoint[KEY] = {"seed": self._seed, "microbatches": self._chosen, **self._random_states()}
+            numbers = {"microbatches": self._chosen, "teacher_microbatches": self._teacher_chosen}
+            checkpoint[KEY] = {"seed": self._seed, **numbers, **self._random_states()}
         path = Path(filepath)
         if not self._is_sharded:
             if self.is_global_zero and sharded.is_sharded(path):

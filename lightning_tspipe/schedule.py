@@ -67,7 +67,7 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds per microbatch, one entry per stage; leave `w` out if the backward is not split.
+    """Seconds per student microbatch, one entry per stage; leave `w` out if the backward is not split.
 
     Args:
         t, f, b, w: teacher forward, student forward, backward for inputs, backward for weights.
@@ -115,6 +115,12 @@ class Costs:
         t, f, b, w, whole = (tuple(by * column[place] for place in places if column) for column in columns)
         return replace(self, t=t, f=f, b=b, w=w, whole=whole)
 
+    def per_action(self, microbatches: int, teacher_microbatches: int) -> Costs:
+        """The same with `t` of one of the teacher's microbatches, where it has more or fewer than the student."""
+        if teacher_microbatches == microbatches:
+            return self
+        return replace(self, t=tuple(seconds * microbatches / teacher_microbatches for seconds in self.t))
+
     def seconds(self, kind: Kind, stage: int) -> float:
         """What one action takes on a stage."""
         b, w = self.b[stage], self.w[stage]
@@ -136,12 +142,19 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One steady step of every rank, the same for each step (`step_order` adapts it to what is already done)."""
+    """One steady step of every rank, the same for each step (`step_order` adapts it to what is already done).
+
+    `teacher_microbatches` is how many the teacher's forwards of a batch are cut into; 0 stands for `microbatches`.
+    """
 
     stages: int
     microbatches: int
     loss_over: LossOver
     ranks: tuple[tuple[Action, ...], ...]
+    teacher_microbatches: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "teacher_microbatches", self.teacher_microbatches or self.microbatches)
 
     @property
     def ahead(self) -> tuple[int, ...]:
@@ -151,19 +164,21 @@ class Schedule:
     def __str__(self) -> str:
         rows = (f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.ranks))
         header = f"stages={self.stages} microbatches={self.microbatches} loss_over={self.loss_over}"
+        if self.teacher_microbatches != self.microbatches:
+            header += f" teacher_microbatches={self.teacher_microbatches}"
         return "\n".join((header, *rows))
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
         """Read what `str` prints; raises ValueError with the line that cannot be read. Does not validate."""
         header, *lines = text.strip().splitlines() or [""]
-        pattern = r"stages=(\d+) microbatches=(\d+) loss_over=(batch|microbatch)"
+        pattern = r"stages=(\d+) microbatches=(\d+) loss_over=(batch|microbatch)(?: teacher_microbatches=(\d+))?"
         if not (match := re.fullmatch(pattern, header.strip())):
             raise ValueError(f"first line {header!r}: write stages=2 microbatches=3 loss_over=batch (or microbatch)")
         for rank, line in enumerate(lines):
             require(line.strip().startswith(f"rank {rank}:"), f"line {line!r}: expected 'rank {rank}: ...'")
         rows = (tuple(map(Action.parse, line.split(":", 1)[1].split())) for line in lines)
-        return cls(int(match[1]), int(match[2]), cast(LossOver, match[3]), tuple(rows))
+        return cls(int(match[1]), int(match[2]), cast(LossOver, match[3]), tuple(rows), int(match[4] or 0))
 
     def grid(self, rank: int | None = None, position: int | None = None) -> str:
         """The rows in aligned columns, with ``>cell<`` at one position; one past the end marks what is missing."""
@@ -191,11 +206,21 @@ def peers(kind: Kind, stage: int, stages: int) -> tuple[int | None, int | None]:
     return (before if 0 <= before < stages else None, after if 0 <= after < stages else None)
 
 
+def covering(microbatch: int, microbatches: int, teacher_microbatches: int) -> range:
+    """The teacher's microbatches that share rows with a student microbatch; one number divides the other.
+
+    >>> [list(covering(q, 2, 4)) for q in range(2)], [list(covering(q, 4, 2)) for q in range(4)]
+    ([[0, 1], [2, 3]], [[0], [0], [1], [1]])
+    """
+    first, last = (q * teacher_microbatches for q in (microbatch, microbatch + 1))
+    return range(first // microbatches, -(-last // microbatches))
+
+
 def step_order(actions: Sequence[Action], done: int) -> tuple[Action, ...]:
     """What a rank runs in a step for whose batch it has already made `done` teacher forwards.
 
     Missing ones come first, in ascending order, and those already done are skipped; with ``done`` = s_k this is the
-    steady row itself. The caller skips ``Tq'`` when there is no next batch or it has at most q microbatches::
+    steady row itself. The caller skips ``Tq'`` when there is no next batch or it has at most q of the teacher's::
 
         T1 F0 F1 T0' B0 B1     done=0: T0 T1 F0 F1 T0' B0 B1     done=1: the same     done=2: F0 F1 T0' B0 B1
 
@@ -257,6 +282,7 @@ def validate(
         ValueError: a scalar of the schedule or the length of a bound is wrong.
     """
     check_scalars(schedule.stages, schedule.microbatches, schedule.loss_over)
+    check_teacher_microbatches(schedule.microbatches, schedule.teacher_microbatches)
     bounds = {"max_in_flight": max_in_flight, "max_held": max_held}
     for name, rows in {"ranks": schedule.ranks, **bounds}.items():
         fits = rows is None or len(rows) == schedule.stages
@@ -271,6 +297,7 @@ def validate(
 def _row_faults(schedule: Schedule, rank: int, limit: int, hold: int) -> Iterator[tuple[int, int, str]]:
     """Rank, position and reason of each broken rule within a row."""
     row, count, ahead = schedule.ranks[rank], schedule.microbatches, schedule.ahead[rank]
+    pieces = schedule.teacher_microbatches
     gate = schedule.loss_over if rank == schedule.stages - 1 else None
     seen: set[Action] = set()
     forwards, backwards, finished, next_own, next_ahead = 0, 0, 0, ahead, 0
@@ -278,8 +305,9 @@ def _row_faults(schedule: Schedule, rank: int, limit: int, hold: int) -> Iterato
         kind, q = action.kind, action.microbatch
         teacher, back, due = kind == "T", kind in "BI", next_ahead if action.ahead else next_own
         forwards, backwards, finished = forwards + (kind == "F"), backwards + back, finished + (kind in "BW")
+        most, needs = pieces if teacher else count, covering(q, count, pieces).stop
         rules = (
-            (not 0 <= q < count, f"the microbatches are 0 to {count - 1}"),
+            (not 0 <= q < most, f"the microbatches are 0 to {most - 1}"),
             (action in seen, f"{action} comes twice"),
             (action.ahead and not teacher, "only a teacher forward may work for the next batch"),
             (teacher and not action.ahead and next_ahead > 0, "the teacher forwards of this batch come first"),
@@ -290,8 +318,11 @@ def _row_faults(schedule: Schedule, rank: int, limit: int, hold: int) -> Iterato
             (back and Action("F", q) not in seen, f"F{q} has not run yet"),
             (back and bool({Action("B", q), Action("I", q)} & seen), f"microbatch {q} had its backward already"),
             (kind == "W" and Action("I", q) not in seen, f"I{q} has not run yet"),
-            (back and gate == "batch" and min(forwards, next_own) < count, "the loss needs every F and T of the batch"),
-            (back and gate == "microbatch" and next_own <= q, f"the loss of microbatch {q} needs T{q}"),
+            (
+                back and gate == "batch" and (forwards < count or next_own < pieces),
+                "the loss needs every F and T of the batch",
+            ),
+            (back and gate == "microbatch" and next_own < needs, f"the loss of microbatch {q} needs T{needs - 1}"),
             (forwards - backwards > limit, f"{forwards - backwards} student microbatches in flight, bound {limit}"),
             (forwards - finished > hold, f"{forwards - finished} student microbatches held, bound {hold}"),
         )
@@ -299,7 +330,7 @@ def _row_faults(schedule: Schedule, rank: int, limit: int, hold: int) -> Iterato
         seen.add(action)
         next_own, next_ahead = next_own + (teacher and not action.ahead), next_ahead + action.ahead
     missing = [Action("F", q) for q in range(count) if Action("F", q) not in seen]
-    missing += [Action("T", q) for q in range(next_own, count)]
+    missing += [Action("T", q) for q in range(next_own, pieces)]
     missing += [Action("B", q) for q in range(count) if not {Action("B", q), Action("I", q)} & seen]
     missing += [Action("W", a.microbatch) for a in row if a.kind == "I" and Action("W", a.microbatch) not in seen]
     if missing:
@@ -333,3 +364,15 @@ def check_scalars(stages: int, microbatches: int, loss_over: str, costs: Costs |
     require(loss_over in LOSSES, f"loss_over is {loss_over!r}: choose from {', '.join(LOSSES)}")
     given = stages if costs is None else len(costs.t)
     require(given == stages, f"costs are for {given} stages, not {stages}: give one entry per stage")
+
+
+def check_teacher_microbatches(microbatches: int, teacher_microbatches: int) -> None:
+    """Raises ValueError unless a teacher's microbatch is a whole number of the student's, or the other way round."""
+    fits = teacher_microbatches >= 1 and (
+        teacher_microbatches % microbatches == 0 or microbatches % teacher_microbatches == 0
+    )
+    require(
+        fits,
+        f"teacher_microbatches is {teacher_microbatches} for {microbatches} microbatches: give a multiple or a divisor "
+        "of these, so that a microbatch of the one is a whole number of the other's",
+    )

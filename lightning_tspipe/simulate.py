@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 from lightning_tspipe.clock import clock
-from lightning_tspipe.schedule import Action, Costs, Kind, Op, Schedule, lower, peers, step_order, validate
+from lightning_tspipe.schedule import Action, Costs, Kind, Op, Schedule, covering, lower, peers, step_order, validate
 
 Edge = tuple[int, int, Kind]  # sender, receiver, and T, F or B; the gradient of an I travels with those of B
 Work = tuple[int, int]  # batch, microbatch
@@ -69,24 +69,25 @@ def replay(
         rendezvous: a send blocks its rank until the receive is posted, except that of a ``Tq'`` that the receiver
             runs only a step later and cannot post yet. False: sends never block.
         post_ahead: as in `schedule.lower`.
-        next_microbatches: size of the batch after the last step, if it differs.
+        next_microbatches: of the teacher in the batch after the last step, if their number differs.
 
     Raises:
         ReplayError: a deadlock, a message without its counterpart, use before arrival or a wrong order.
         ValueError: an argument is out of range.
     """
     done = (first_done,) * schedule.stages if isinstance(first_done, int) else tuple(first_done)
-    falling = all(above >= below for above, below in pairwise((schedule.microbatches, *done, 0)))
+    teacher = schedule.teacher_microbatches
+    falling = all(above >= below for above, below in pairwise((teacher, *done, 0)))
     if len(done) != schedule.stages or not falling:
         raise ValueError(f"first_done is {first_done}: give at most M per rank, not growing from rank to rank")
     if steps < 1:
         raise ValueError(f"steps is {steps}: give at least 1")
-    following = schedule.microbatches if next_microbatches is None else next_microbatches
+    following = teacher if next_microbatches is None else next_microbatches
     run = _Run(schedule, rendezvous, done)
     for rank, row in enumerate(schedule.ranks):
         for step in range(steps):
             order = step_order(row, schedule.ahead[rank] if step else done[rank])
-            coming = schedule.microbatches if step < steps - 1 else following * last_has_next
+            coming = teacher if step < steps - 1 else following * last_has_next
             ops = lower(order, rank, schedule.stages, post_ahead=post_ahead)
             run.programs[rank] += [(step, op) for op in ops if not op.action.ahead or op.action.microbatch < coming]
     run.to_the_end()
@@ -201,15 +202,17 @@ class _Run:
     def misplaced(self, rank: int, step: int, action: Action) -> str | None:
         """The reason if what an action needs on its own rank has not run."""
         worked, q, count = self.worked[rank], action.microbatch, self.schedule.microbatches
+        pieces = self.schedule.teacher_microbatches
         batch = step + action.ahead
         needs: list[tuple[Kind, int, int]] = []
         if action.kind == "T":
-            needs = [("T", batch, q - 1) if q else ("T", batch - 1, count - 1)] if batch or q else []
+            needs = [("T", batch, q - 1) if q else ("T", batch - 1, pieces - 1)] if batch or q else []
         elif action.kind in "BI":
             needs = [("F", batch, q)]
             if rank == self.schedule.stages - 1:
-                covered = range(count) if self.schedule.loss_over == "batch" else range(q, q + 1)
-                needs += [(kind, batch, p) for kind in ("T", "F") for p in covered]
+                whole = self.schedule.loss_over == "batch"
+                needs += [("T", batch, p) for p in (range(pieces) if whole else covering(q, count, pieces))]
+                needs += [("F", batch, p) for p in (range(count) if whole else range(q, q + 1))]
         elif action.kind == "W":
             needs = [("I", batch, q)]
         if (action.kind, batch, q) in worked:
@@ -298,9 +301,10 @@ def timeline(schedule: Schedule, costs: Costs, *, steps: int = 6) -> Timeline:
         if len(starts) < len(program):
             step, action = program[len(starts)]
             raise ReplayError(schedule, rank, step, Op("run", action), "its message never comes: deadlock")
+    each = costs.per_action(schedule.microbatches, schedule.teacher_microbatches)
     spans = tuple(
         tuple(
-            Span(action, step + action.ahead, start, start + costs.seconds(action.kind, rank))
+            Span(action, step + action.ahead, start, start + each.seconds(action.kind, rank))
             for (step, action), start in zip(program, times.starts[rank], strict=True)
         )
         for rank, program in enumerate(programs)

@@ -75,6 +75,7 @@ class Stage:
         self.norms: dict[Network, DeferredBatchNorm] = {
             network: DeferredBatchNorm(layers, joint) for network, layers in self._layers.items()
         }
+        self._in_place = {network: bool(found) and in_place(found[0]) for network, found in self._layers.items()}
         self._recompute, self._is_compiled = recompute, compile_options is not None
         self._checked = False  # that no layer of the student changes its buffers
         self._current: tuple[int, ...] = ()  # what the random numbers depend on
@@ -196,7 +197,7 @@ class Stage:
         """All layers, one after the other, on one view."""
         layers = self._layers[network]
         try:
-            return self._chains[network](own_input(layers[0], inputs) if layers else inputs)
+            return self._chains[network](tree.map_tensors(inputs, torch.clone) if self._in_place[network] else inputs)
         except ValueError as error:
             named = dict(zip(self._names[network], layers, strict=False))  # what was followed is one
             if (known := too_few_values(error, f"the {network}", named)) is not None:
@@ -235,9 +236,10 @@ class Stage:
     def _check_structure(self, network: Network, view: int, output: Any) -> None:
         if isinstance(output, Carried):
             return  # its constants are of our making, and depend on the shapes
-        structure = tree.flatten(output)[1]
-        known = self._structures.setdefault((network, view), copy.copy(structure))
-        if known != structure:
+        structure = tree.LEAF if isinstance(output, Tensor) else tree.flatten(output)[1]
+        if (known := self._structures.get((network, view))) is None:
+            self._structures[network, view] = copy.copy(structure)
+        elif known != structure:
             raise ValueError(
                 f"The {network} changed the structure of its output between batches (stage {self._index}): "
                 f"first {known}, now {structure}. Return the same nesting of tensors, with the same constants, for "
@@ -291,5 +293,9 @@ def differentiable(leaves: Sequence[Tensor]) -> list[Tensor]:
 
 def own_input(layer: nn.Module, value: Any) -> Any:
     """A copy for a layer that works in place, which would write into a tensor that others still need."""
-    parts = (layer, next(layer.children(), None))
-    return tree.map_tensors(value, torch.clone) if any(getattr(part, "inplace", False) for part in parts) else value
+    return tree.map_tensors(value, torch.clone) if in_place(layer) else value
+
+
+def in_place(layer: nn.Module) -> bool:
+    """Whether a layer writes into its input."""
+    return any(getattr(part, "inplace", False) for part in (layer, next(layer.children(), None)))

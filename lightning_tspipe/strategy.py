@@ -63,6 +63,7 @@ class TSPipeStrategy(ReportingStrategy):
         stages: number of stages; "auto" takes all devices. With fewer, there are several pipelines, data-parallel
             replicas that average their gradients.
         microbatches: per batch; "auto" takes the fewest that let the teacher fill the bubbles.
+        teacher_microbatches: of the teacher, a multiple or a divisor; "auto" takes as many, or more where that pays.
         schedule: the order of the work; "afab" (all forwards, then all backwards), "1f1b", or "afab-split" and "zb",
             the same two with the backward split into inputs and weights; "auto" takes the fastest by measured costs.
         balance: "auto" (measured), "parameters", the numbers of layers of the stages, a dict of these (`partition`), or
@@ -86,6 +87,7 @@ class TSPipeStrategy(ReportingStrategy):
         self,
         stages: int | Literal["auto"] = "auto",
         microbatches: int | Literal["auto"] = "auto",
+        teacher_microbatches: int | Literal["auto"] = "auto",
         schedule: str = "auto",
         balance: Balance | Path = "auto",
         max_memory: int | None = None,
@@ -102,7 +104,8 @@ class TSPipeStrategy(ReportingStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
-        check_plan_arguments(microbatches, schedule)
+        check_plan_arguments(microbatches, schedule, teacher_microbatches)
+        self._teacher_microbatches = teacher_microbatches
         self._balance = read_balance(balance)
         check_strategy_arguments(stages, max_memory, start_method, process_group_backend, state_dict_type, recompute)
         self._recompute, self._compile = recompute, check_compile_arguments(compile)
@@ -148,8 +151,8 @@ class TSPipeStrategy(ReportingStrategy):
         self._connect(topology)
         self._undo.append(partial(_lightning.forget_loader, trainer))
         arrangement = Arrangement(
-            trainer, module, topology, self._comm, self._balance, self._microbatches, self._schedule, self._recompute,
-            self._max_memory, self.broadcast,
+            trainer, module, topology, self._comm, self._balance, self._microbatches, self._teacher_microbatches,
+            self._schedule, self._recompute, self._max_memory, self.broadcast,
         )  # fmt: skip
         self._partition, self.placement = arrangement.parts, arrangement.placement
         parts = arrangement.parts
@@ -170,9 +173,11 @@ class TSPipeStrategy(ReportingStrategy):
             resumed = self._resumed.get("microbatches")  # a resumed run goes on with the number that it had
             planner = arrangement.planner(options, post_ahead, resumed)
             self._chosen = planner.microbatches if self._microbatches == "auto" else self._microbatches
-            self.placement = replace(self.placement, microbatches=self._chosen)
+            teacher = arrangement.teacher_microbatches(planner, self._chosen, self._resumed)
+            self._teacher_chosen, fixed = teacher, self._teacher_microbatches != "auto"
+            self.placement = replace(self.placement, microbatches=self._chosen, teacher_microbatches=teacher)
             self._fitting = Fitting(
-                trainer, module, self._stage, self._comm, planner, self._microbatches, topology,
+                trainer, module, self._stage, self._comm, planner, self._microbatches, (teacher, fixed), topology,
                 self._shards.trained(), self._replicas, self._signals,
             )  # fmt: skip
             self._fitting.connect(self._shards.places(self._groups), self._restore_random_states)

@@ -78,8 +78,11 @@ class PipelineTrace(pl.Callback):
             rank_zero_info(f"{measured.steps} batches were recorded: no trace is written of less than 4.")
             return
         assert runtime.current is not None
-        schedule = runtime.schedule(max(len({e.microbatch for e in row}) for row in measured.ranks))
-        plan = planned(schedule, strategy.predicted_costs or measured.costs(), measured.steps)
+        student, teacher = (
+            max(len({e.microbatch for e in row if e.kind == kind}) for row in measured.ranks) for kind in "FT"
+        )
+        costs = strategy.predicted_costs or measured.costs().per_action(teacher, student)
+        plan = planned(runtime.schedule(student, teacher), costs, measured.steps)
         self.measured, self.planned = measured, plan
         write(self._out, measured, plan)
 

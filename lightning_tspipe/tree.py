@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 Structure = tuple[Any, ...]
 LEAF: Structure = ("tensor",)
+ONE: Structure = ("sequence", list, (LEAF,))  # a list of one tensor, which most messages are
 _HOLDERS = (Tensor, tuple, list, Mapping)
 _NO_RECORDS = (nn.Module, type, FunctionType, ModuleType)
 
@@ -28,6 +29,8 @@ def flatten(tree: Any) -> tuple[list[Tensor], Structure]:
     Returns:
         The tensors, depth first, and the structure: equal structures compare equal, and they can be pickled.
     """
+    if type(tree) is list and len(tree) == 1 and isinstance(tree[0], Tensor):
+        return [tree[0]], ONE
     leaves: list[Tensor] = []
     return leaves, _flatten(tree, leaves)
 
@@ -70,6 +73,9 @@ def _is_record(value: Any) -> bool:
 
 def unflatten(leaves: Sequence[Tensor], structure: Structure) -> Any:
     """Put together what `flatten` took apart."""
+    if structure == ONE:
+        (leaf,) = leaves
+        return [leaf]
     source = iter(leaves)
     tree = _unflatten(source, structure)
     assert next(source, None) is None, "more tensors than the structure has places"
@@ -104,19 +110,21 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return unflatten([function(leaf) for leaf in leaves], structure)
 
 
-def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
+def split(tree: Any, sizes: Sequence[int], *, scaled: bool = False) -> list[Any]:
     """Cut every tensor whose dimension 0 is the batch into microbatches; others go to each of them whole.
 
     Args:
         tree: tensors of shape (rows, ...).
         sizes: rows per microbatch; their sum is the number of rows.
+        scaled: whether tensors of shape (rows * n, ...) are cut, too, as `merge` joins them.
     """
     leaves, structure = flatten(tree)
     rows = sum(sizes)
-    parts = [
-        torch.split(leaf, list(sizes)) if leaf.ndim and leaf.shape[0] == rows else [leaf] * len(sizes)
-        for leaf in leaves
-    ]
+    parts = []
+    for leaf in leaves:
+        each = (leaf.shape[0] // rows if scaled else 1) if leaf.ndim else 0
+        fits = each > 0 and leaf.shape[0] == each * rows
+        parts.append(torch.split(leaf, [each * size for size in sizes]) if fits else [leaf] * len(sizes))
     return [unflatten([part[index] for part in parts], structure) for index in range(len(sizes))]
 
 

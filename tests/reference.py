@@ -26,6 +26,7 @@ class Rule:
 
     Args:
         microbatches: a batch of n rows becomes parts of ``n // M + (i < n % M)`` rows.
+        teacher_microbatches: parts of the teacher, if there are others: several of these together, or parts of them.
         momentum: None for a frozen teacher.
         delay: updates that the teacher is late.
         delay_from_step: steps before this one use delay 0.
@@ -45,6 +46,7 @@ class Rule:
     accumulate: int = 1
     max_steps: int = -1
     validate_every: int = 0
+    teacher_microbatches: int | None = None
 
 
 @dataclass
@@ -148,13 +150,15 @@ def sizes_of(rows: int, microbatches: int) -> list[int]:
 
 def _backward(pair: Pair, student_in: Any, teacher_in: Any, target: Any, rule: Rule) -> Tensor:
     with torch.no_grad(), _deferred(pair.teacher):
-        teacher_parts = _parts(pair.teacher, teacher_in, rule.microbatches)
+        teacher_parts = _parts(pair.teacher, teacher_in, rule.microbatches, rule.teacher_microbatches)
     with _deferred(pair.student):
         student_parts = _parts(pair.student, student_in, rule.microbatches)
     several = isinstance(student_in, list), isinstance(teacher_in, list)
     if rule.loss_over == "batch":
         losses = [pair.loss(_join(student_parts, several[0]), _join(teacher_parts, several[1]), target)]
     else:
+        if rule.teacher_microbatches is not None:
+            teacher_parts = _again(teacher_parts, rule.microbatches)
         targets = _cut(target, rule.microbatches) if isinstance(target, Tensor) else [None] * rule.microbatches
         losses = [
             pair.loss(_join([s], several[0]), _join([t], several[1]), y)
@@ -165,18 +169,43 @@ def _backward(pair: Pair, student_in: Any, teacher_in: Any, target: Any, rule: R
     return loss.detach().clone()
 
 
-def _parts(network: nn.Module, value: Any, microbatches: int) -> list[list[Any]]:
+def _again(parts: list[list[Any]], microbatches: int) -> list[list[Any]]:
+    """The same outputs for each of the student's microbatches."""
+    cut: list[list[Any]] = [_slices(_cat(list(column)), microbatches) for column in zip(*parts, strict=True)]
+    return [list(row) for row in zip(*cut, strict=True)]
+
+
+def _slices(output: Any, microbatches: int) -> list[Any]:
+    if isinstance(output, Tensor):
+        return _cut(output, microbatches)
+    items = list(output.items()) if isinstance(output, dict) else list(enumerate(output))
+    columns = zip(*(_slices(value, microbatches) for _, value in items), strict=True)
+    rows = [{key: value for (key, _), value in zip(items, column, strict=True)} for column in columns]
+    return [row if isinstance(output, dict) else type(output)(row.values()) for row in rows]
+
+
+def _parts(network: nn.Module, value: Any, microbatches: int, pieces: int | None = None) -> list[list[Any]]:
     """For each microbatch the outputs for its views."""
     views = value if isinstance(value, list) else [value]
     outputs: list[list[Any]] = []
     for view in views:
         _set_view(network)
-        outputs.append([network(part) for part in _cut(view, microbatches)])
+        outputs.append([network(part) for part in _cut(view, microbatches, pieces)])
     return [list(row) for row in zip(*outputs, strict=True)]
 
 
-def _cut(value: Tensor, microbatches: int) -> list[Tensor]:
-    return list(torch.split(value, sizes_of(len(value), microbatches)))
+def _cut(value: Tensor, microbatches: int, pieces: int | None = None) -> list[Tensor]:
+    sizes = sizes_of(len(value), microbatches)
+    if pieces is not None and pieces > microbatches:
+        sizes = [part for size in sizes for part in sizes_of(size, pieces // microbatches)]
+    elif pieces is not None:
+        sizes = [sum(group) for group in _groups(sizes, pieces)]
+    return list(torch.split(value, sizes))
+
+
+def _groups(sizes: list[int], count: int) -> list[list[int]]:
+    each = len(sizes) // count
+    return [sizes[place * each : (place + 1) * each] for place in range(count)]
 
 
 def _join(parts: list[list[Any]], several: bool) -> Any:

@@ -13,16 +13,27 @@ from tests.ports import free_port
 from tests.scripts.zygote import ROOT
 
 
-def run_script(*command: str, folder: Path | None = None, timeout: float = 60) -> str:
+def python_path(lean: bool = True) -> str:
+    """PYTHONPATH of a script that a test starts.
+
+    Args:
+        lean: hide packages that the script does not need, since importing them takes seconds of each process.
+    """
+    hides = [str(ROOT / "tests/scripts/lean")] if lean else []
+    return os.pathsep.join(filter(None, [*hides, str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def run_script(*command: str, folder: Path | None = None, timeout: float = 60, lean: bool = True) -> str:
     """What Python prints when it runs a command.
 
     Args:
         command: arguments of the Python interpreter.
         folder: where it runs; None means here.
         timeout: seconds after which it, and all that it started, is killed.
+        lean: see `python_path`.
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "MASTER_PORT": str(free_port())}
+    path, port = python_path(lean), str(free_port())
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "MASTER_PORT": port}
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,

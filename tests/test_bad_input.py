@@ -62,6 +62,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "NoTensor": ("no tensor with rows in dimension 0", "Override student_input"),
     "DifferentRows": ("4 rows and teacher_input(batch) has 3", "the same samples"),
     "SmallBatch": ("A batch of 4 row(s) cannot be cut into microbatches=5", "drop_last=True"),
+    "SmallBatchOfTheTeacher": ("A batch of 4 row(s) cannot be cut into teacher_microbatches=8", "drop_last=True"),
     "OneRowMeasured": (
         "The batch norm '1.1' of the student got a microbatch with one value",
         "fewer microbatches",
@@ -384,6 +385,10 @@ def test_refused_module_arguments(options: dict[str, Any]) -> None:
         {"microbatches": -2},
         {"microbatches": "many"},
         {"microbatches": 1.5},
+        {"teacher_microbatches": 0},
+        {"teacher_microbatches": "half"},
+        {"teacher_microbatches": 4},
+        {"teacher_microbatches": 4, "microbatches": 6},
         {"schedule": "zigzag"},
         {"stages": 0},
         {"stages": "all"},

@@ -73,20 +73,24 @@ def test_ranks_that_wait_for_each_other_have_no_period() -> None:
     assert (times.period, times.step_ends) == (math.inf, ([], []))
 
 
-@given(problems(), st.sampled_from([None, 0.0, 1.5]), st.data())
+@given(problems(), st.sampled_from([None, 0.0, 1.5]), st.sampled_from([1, 1, 2, 3]), st.data())
 @settings(max_examples=40, deadline=None)
 def test_the_quick_formula_gives_the_same_period(
-    problem: tuple[int, int, Costs], exchange: float | None, data: st.DataObject
+    problem: tuple[int, int, Costs], exchange: float | None, ratio: int, data: st.DataObject
 ) -> None:
     stages, microbatches, costs = problem
     costs = replace(costs, exchange=exchange)
     ahead = legal(data.draw(st.lists(st.integers(0, 9), min_size=stages, max_size=stages)), microbatches)
-    own, rest = [f"T{q}" for q in range(microbatches)], [f"F{q}" for q in range(microbatches)]
+    teacher = ratio * microbatches
+    own, rest = [f"T{q}" for q in range(teacher)], [f"F{q}" for q in range(microbatches)]
     back = [f"B{q}" for q in range(microbatches)]
     rows = [" ".join([*own[s:], *rest, *(f"{t}'" for t in own[:s]), *back]) for s in ahead]
     text = [f"rank {rank}: {row}" for rank, row in enumerate(rows)]
     written = Schedule.parse("\n".join([f"stages={stages} microbatches={microbatches} loss_over=batch", *text]))
-    assert afab_period(microbatches, costs, ahead) == pytest.approx(clock(written, costs).period)
+    written = replace(written, teacher_microbatches=teacher)
+    each = costs.per_action(microbatches, teacher)
+    assert each.t == pytest.approx([seconds / ratio for seconds in costs.t])
+    assert afab_period(microbatches, each, ahead, teacher) == pytest.approx(clock(written, costs).period)
 
 
 def test_staircases_table() -> None:

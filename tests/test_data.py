@@ -34,6 +34,25 @@ def test_a_short_batch() -> None:
     assert make_batch(0, X, X, X, None, 8, False).info.sizes == (1,) * 7
 
 
+def test_the_teacher_is_cut_into_other_microbatches() -> None:
+    """Into parts of the student's or into several of them; a batch that is too short for both into as many."""
+    for wanted, student, teacher in (
+        ((3, 6), (3, 2, 2), (2, 1, 1, 1, 1, 1)),
+        ((4, 2), (2, 2, 2, 1), (4, 3)),
+        ((2, 8), (4, 3), (4, 3)),
+        ((8, 2), (1,) * 7, (1,) * 7),
+    ):
+        batch = make_batch(0, X, X, [X, X], Y, wanted[0], False, wanted[1])
+        info = batch.info
+        assert (info.sizes, info.teacher_sizes) == (student, teacher)
+        assert (info.microbatches, info.teacher_microbatches) == (len(student), len(teacher))
+        assert [tuple(view.shape[0] for view in views) for views in batch.teacher] == [(rows,) * 2 for rows in teacher]
+        assert [len(views[0]) for views in batch.student] == list(student)
+        assert info.rows("teacher", 1) == teacher[1]
+    with pytest.raises(ValueError, match=r"7 row\(s\) cannot be cut into teacher_microbatches=8.*drop_last=True"):
+        make_batch(0, X, X, X, None, 2, True, 8, True)
+
+
 @pytest.mark.parametrize("value", ["text", {"a": 1}, torch.tensor(1.0), []])
 def test_a_batch_without_a_tensor(value: object) -> None:
     """The hook that returned it is named."""

@@ -20,7 +20,7 @@ from tests.subprocesses import run_script
 
 def printed(name: str, folder: Path, *options: str) -> str:
     """What an example prints."""
-    return run_script(str(ROOT / "examples" / f"{name}.py"), *options, folder=folder, timeout=100)
+    return run_script(str(ROOT / "examples" / f"{name}.py"), *options, folder=folder, timeout=100, lean=False)
 
 
 def number(label: str, text: str) -> float:

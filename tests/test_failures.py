@@ -19,6 +19,7 @@ import pytest
 
 from tests.ports import free_port
 from tests.scripts.zygote import ROOT, Zygote
+from tests.subprocesses import python_path
 
 LIMIT_S = 10.0
 TRAIN = "tests.scripts.train:run"
@@ -109,11 +110,10 @@ class Script:
     def __init__(self, folder: Path, ranks: int) -> None:
         self.folder, self.marker = folder, uuid.uuid4().hex
         own = {"TSPIPE_TEST_DIR": str(folder), "TSPIPE_TEST_MARK": self.marker, "TSPIPE_TEST_DEVICES": str(ranks)}
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         common = {
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": path,
+            "PYTHONPATH": python_path(),
             "MASTER_PORT": str(free_port()),
         }
         self._log = (folder / "script.txt").open("w")

@@ -162,12 +162,11 @@ def test_all_ranks_train_on_the_batch_that_rank_0_drew(zygote: Zygote, tmp_path:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("momentum", [None, 0.9])
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize(("stages", "momentum", "shared"), [(2, 0.9, True), (3, None, True), (3, 0.9, False)])
 def test_steady_steps_exchange_activations_gradients_and_headers_only(
-    zygote: Zygote, tmp_path: Path, momentum: float | None, stages: int
+    zygote: Zygote, tmp_path: Path, stages: int, momentum: float | None, shared: bool
 ) -> None:
-    run(zygote, "counted", stages, tmp_path, momentum=momentum, stages=stages)
+    run(zygote, "counted", stages, tmp_path, momentum=momentum, stages=stages, shared=shared)
     steps, microbatches, last = 3, 2, stages - 1
     for rank, found in enumerate(results(tmp_path, stages)):
         sent = {
@@ -181,8 +180,10 @@ def test_steady_steps_exchange_activations_gradients_and_headers_only(
             "line": steps * (last if rank == 0 else 1),  # headers downstream, names of logged values upstream
         }
         assert found["messages"] == sent, rank
-        assert set(found["calls"]) <= {"send", "recv"}, (rank, found["calls"])
-        assert found["calls"]["send"] == sum(sent.values()), rank
+        calls = found["calls"]
+        assert set(calls) <= {"send", "recv", "shared"}, (rank, calls)
+        assert calls.get("send", 0) + calls.get("shared", 0) == sum(sent.values()), rank
+        assert shared != ("send" in calls), (rank, calls)
 
 
 @pytest.mark.timeout(60)

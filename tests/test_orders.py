@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lightning_tspipe.clock import clock
 from lightning_tspipe.orders import BUDGET, FEWEST, MOST, ORDERS, find_schedule, make_schedule, minimal_microbatches
+from lightning_tspipe.plain import plain_rows
 from lightning_tspipe.schedule import Costs, Schedule, ScheduleError, validate
 from lightning_tspipe.simulate import replay, timeline
 from tests.test_schedule import lines
@@ -130,6 +131,18 @@ BAD_ARGUMENTS = [
     (lambda: make_schedule(2, 3, max_held=(2, 0)), "max_held is (2, 0): give at least 1 for each of the 2 stages"),
     (lambda: make_schedule(2, 2, loss_over="epoch"), "loss_over is 'epoch': choose from batch, microbatch"),  # type: ignore[arg-type]
     (lambda: make_schedule(2, 2, Costs.uniform(3)), "costs are for 3 stages, not 2: give one entry per stage"),
+    (
+        lambda: make_schedule(2, 4, teacher_microbatches=3),
+        "teacher_microbatches is 3 for 4 microbatches: give a multiple",
+    ),
+    (
+        lambda: make_schedule(2, 4, teacher_microbatches=6),
+        "teacher_microbatches is 6 for 4 microbatches: give a multiple",
+    ),
+    (
+        lambda: make_schedule(2, 4, teacher_microbatches=0),
+        "teacher_microbatches is 0 for 4 microbatches: give a multiple",
+    ),
     (lambda: minimal_microbatches(0, Costs.uniform(1)), "stages is 0: give at least 1"),
     (lambda: minimal_microbatches(2, Costs.uniform(1)), "costs are for 1 stages, not 2"),
 ]
@@ -208,6 +221,26 @@ def test_a_teacher_of_three_forwards(options: dict[str, Any], least: float) -> N
 # --- random costs
 
 
+@pytest.mark.parametrize(
+    ("options", "pieces", "least"), [({}, 16, 0.979), ({"split_backward": True}, 16, 1), ({}, 32, 1)]
+)
+def test_smaller_forwards_of_a_teacher_of_three(options: dict[str, Any], pieces: int, least: float) -> None:
+    """Where 8 of the teacher's microbatches reach 0.87, and 0.94 with a split backward."""
+    costs = Costs.uniform(8, t=3)
+    found = find_schedule(8, 8, costs, teacher_microbatches=pieces, **options)
+    assert timeline(found.schedule, costs).utilization >= least
+    assert found.bound == costs.work(0, 8)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+def test_student_microbatches_of_half_the_size_as_in_the_paper(stages: int) -> None:
+    """No bubble from 2(P-1) of the teacher's on, with a full backward; as many of both leave one."""
+    teacher = 2 * (stages - 1)
+    costs = Costs.uniform(stages)
+    assert timeline(make_schedule(stages, 2 * teacher, teacher_microbatches=teacher), costs).bubble < 1e-9
+    assert timeline(make_schedule(stages, teacher), costs).utilization < 0.9
+
+
 def fused(stages: int, microbatches: int, costs: Costs, rival: str) -> float:
     """The step of a rival that runs the teacher within the student's forward (f' = t + f), seconds."""
     every = range(microbatches)
@@ -246,6 +279,44 @@ def test_never_slower_than_the_rivals(problem: tuple[int, int, Costs], lookahead
         assert found.bound * (1 - 1e-9) <= found.period == timeline(found.schedule, costs).period
         for rival in rivals:
             assert found.period <= fused(stages, microbatches, costs, rival) * (1 + 1e-6), (rival, options)
+
+
+@given(
+    problems(),
+    st.sampled_from([0.25, 0.5, 2, 3]),
+    st.booleans(),
+    st.sampled_from(["batch", "microbatch"]),
+    st.booleans(),
+    st.data(),
+)
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_other_microbatches_of_the_teacher(
+    problem: tuple[int, int, Costs], ratio: float, lookahead: bool, loss_over: Any, split: bool, data: st.DataObject
+) -> None:
+    """Valid, replayed, within the memory, and no slower than the plain orders with as many of the teacher's."""
+    stages, microbatches, costs = problem
+    microbatches *= round(1 / min(1, ratio))
+    teacher = round(ratio * microbatches)
+    held = None
+    if loss_over == "microbatch" and data.draw(st.booleans()):
+        held = tuple(data.draw(st.integers(1, stages - k)) for k in range(stages))
+    found = find_schedule(
+        stages, microbatches, costs, lookahead=lookahead, loss_over=loss_over, split_backward=split,
+        max_held=held, teacher_microbatches=teacher,
+    )  # fmt: skip
+    validate(found.schedule, max_held=held)
+    counted = replay(found.schedule, steps=3, post_ahead=64)
+    assert all(counted.messages[k, k + 1, "T"] == 3 * teacher for k in range(stages - 1))
+    times = timeline(found.schedule, costs)
+    assert times.period == pytest.approx(found.period)
+    assert times.period >= found.bound * (1 - 1e-9)
+    assert held is None or all(map(le, times.held, held))
+    assert lookahead or not any(found.schedule.ahead)
+    if held is None:
+        for rows in plain_rows("afab", stages, microbatches, teacher):
+            plain = Schedule(stages, microbatches, loss_over, rows, teacher)
+            validate(plain)
+            assert found.period <= clock(plain, costs).period * (1 + 1e-9)
 
 
 @given(problems(), st.booleans(), st.booleans(), st.data())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from math import inf
+from typing import Any
 
 import pytest
 from torch import nn
@@ -140,3 +142,20 @@ def test_the_fewest_microbatches_that_are_as_good_as_more() -> None:
     assert coarse.microbatches == coarse.best_microbatches(32) == 6
     # no M suffices: more is always better
     assert Planner(Costs.uniform(4), False, "batch").best_microbatches(32) == 16
+
+
+def test_the_teacher_has_microbatches_of_its_own_where_that_pays() -> None:
+    def chosen(stages: int, t: float, microbatches: int, most: float = inf, **options: Any) -> int:
+        planner = Planner(Costs.uniform(stages, t=t), True, "batch", **options)
+        return planner.teacher_microbatches(microbatches, most)
+
+    assert chosen(4, 3, 4) == 16  # 0.87 of the bound with as many as the student, 0.98 with twice as many
+    assert chosen(4, 3, 4, split_backward=True) == 8  # which are enough
+    assert chosen(4, 3, 4, most=15) == 8  # a batch has no more rows
+    assert chosen(4, 3, 4, most=7) == 4
+    assert chosen(4, 3, 6) == 6  # which has no bubble
+    assert chosen(4, 1, 4) == 4  # the teacher is not the coarse one
+    planner = Planner(Costs.uniform(4, t=3), True, "batch")
+    assert planner.schedule(4, 8) is planner.schedule(4, 8)
+    assert planner.schedule(4, 8) == make_schedule(4, 4, planner.costs, teacher_microbatches=8)
+    assert planner.schedule(4, 4) is planner.schedule(4)

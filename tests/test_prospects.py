@@ -91,6 +91,31 @@ def test_data_parallelism_follows_from_the_bandwidth() -> None:
     assert of("FSDP", pair(), Machine(1 * GB)) == pytest.approx(0.75 * (3 * 100 + 1000))
 
 
+def test_each_rival_has_its_own_best_number_of_microbatches_too() -> None:
+    """1F1B has 4 + 3 x 4 ms of 12 x 4; with 64 microbatches the same bubbles, of which 12/64 count."""
+    assert of("1F1B, teacher fused", pair(), Machine()) == pytest.approx(48 + 12)
+    assert of("1F1B, teacher fused, M=64", pair(), Machine()) == pytest.approx(48 + 12 * 12 / 64)
+    names = [one.name for one in prospects(pair(), 12, Machine(None, 4 * GB)) if one.larger]
+    assert "GPipe, teacher fused, M=32" in names  # 0.35 GB and 0.1 GB for each microbatch
+    assert "1F1B, teacher fused, M=64" in names  # 4 at a time
+    assert not [name for name in names if name.startswith(("serial", "passes"))]
+    assert not [one for one in prospects(pair(1), 12, Machine()) if one.larger]  # nothing to gain
+    some = {one.name for one in prospects(pair(3), 10, Machine())}
+    assert "interleaved 1F1B, teacher fused" not in some  # 10 is no multiple of 3
+    assert "interleaved 1F1B, teacher fused, M=63" in some
+
+
+def test_a_larger_batch_of_a_rival_is_no_choice() -> None:
+    """With few microbatches and an exact teacher ours has bubbles; theirs would have few with 64."""
+    mine = pair(lookahead=False, loss_over="microbatch")
+    found = prospects(mine, 4, Machine(GB / 1e3, 80 * GB))
+    ours = min(one.seconds for one in found if one.ours)
+    assert any(one.larger and one.seconds < 0.99 * ours for one in found)
+    assert verdict(mine, 4, Machine(GB / 1e3, 80 * GB), found) == verdict(
+        mine, 4, Machine(GB / 1e3, 80 * GB), [one for one in found if not one.larger]
+    )
+
+
 def test_it_says_that_the_pipeline_is_the_better_choice() -> None:
     text = said(pair(), 12, Machine(GB))
     assert text.startswith('The pipeline is the better choice: tspipe, schedule="afab" with 48.00 ms per step.')

@@ -101,7 +101,7 @@ def test_no_number_changes_with_the_plan(stages: int, base: Case, monkeypatch: p
         def __init__(self, runtime: Any, comm: Any) -> None:
             self._runtime, self._count = runtime, 0
 
-        def before_step(self, microbatches: int) -> None:
+        def before_step(self, microbatches: int, teacher: int | None = None) -> None:
             current = self._runtime.current
             if current is not None and current.microbatches == microbatches:
                 planner = made[self._count % len(made)]
@@ -144,13 +144,24 @@ def test_ranks_plan_with_the_times_of_all(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_it_is_asked_for_once_and_not_before_a_batch_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(Replanner, "_plan", lambda self, microbatches: asked.append(microbatches))
+    monkeypatch.setattr(Replanner, "_plan", lambda self, microbatches, teacher: asked.append(microbatches))
     runtime = SimpleNamespace(current=None, spent={}, ran={})
     replanner = Replanner(runtime, None)  # type: ignore[arg-type]
     for step in range(replan.WARM_UP + replan.MEASURED):
-        replanner.before_step(4)
-        runtime.current = SimpleNamespace(microbatches=4)
+        replanner.before_step(4, 8)
+        runtime.current = SimpleNamespace(microbatches=4, teacher_microbatches=8)
         assert not asked, step
-    for microbatches, expected in ((2, []), (4, [4]), (4, [4])):
-        replanner.before_step(microbatches)
+    for microbatches, teacher, expected in ((2, 2, []), (4, 4, []), (4, 8, [4]), (4, 8, [4])):
+        replanner.before_step(microbatches, teacher)
         assert asked == expected
+
+
+def test_times_of_the_teachers_own_microbatches_become_those_of_the_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(replan, "better", lambda *arguments: found.append(arguments))
+    spent, ran = {"T": 4.0, "F": 4.0, "B": 8.0}, {"T": 8, "F": 4, "B": 4}
+    runtime = SimpleNamespace(spent=spent, ran=ran, planner=SimpleNamespace(costs=Costs.uniform(1)))
+    comm = SimpleNamespace(gather=lambda mine: [mine], share=lambda ranks, source: ranks)
+    Replanner(runtime, comm)._plan(4, 8)  # type: ignore[arg-type]
+    ((_, costs, *numbers),) = found
+    assert (costs.t, costs.f, costs.seconds("B", 0), numbers) == ((1.0,), (1.0,), 2.0, [4, 8])

@@ -28,6 +28,7 @@ from tests.multiproc import TWIN, Fit, result_of, run_fits
 from tests.ports import free_port
 from tests.scripts.small import Small, loader, trainer, weights
 from tests.scripts.zygote import ROOT, Zygote
+from tests.subprocesses import python_path
 from tests.test_checkpoint import assert_same
 
 pytestmark = pytest.mark.timeout(90)
@@ -300,12 +301,11 @@ def test_the_stages_of_a_pipeline_are_neighbours() -> None:
 
 
 def torchrun(folder: Path, node: int, port: int) -> subprocess.Popen[str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *command, "--master-port", str(port),
          str(ROOT / "tests/test_replicas.py"), str(folder), "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path(lean=False)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from lightning_tspipe.schedule import (
     step_order,
     validate,
 )
+from lightning_tspipe.simulate import ReplayError, replay
 
 HAND_WRITTEN = {
     "1F1B": """
@@ -283,6 +284,39 @@ def test_the_loss_per_microbatch_needs_its_teacher_forward() -> None:
     broken = Schedule.parse("stages=1 microbatches=2 loss_over=microbatch\nrank 0: T0 F0 B0 F1 B1 T1")
     with pytest.raises(ScheduleError, match=r"rank 0, cell 4 \(B1\): the loss of microbatch 1 needs T1"):
         validate(broken)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "loss_over", "written", "reason"),
+    [
+        (2, 4, "microbatch", "T0 T1 F0 B0 T2 T3 F1 B1", None),
+        (2, 4, "microbatch", "T0 F0 B0 T1 T2 T3 F1 B1", "0 needs T1"),
+        (2, 4, "microbatch", "T0 T1 F0 F1 B0 T2 B1 T3", "1 needs T3"),
+        (4, 2, "microbatch", "T0 F0 B0 F1 B1 T1 F2 B2 F3 B3", None),
+        (4, 2, "microbatch", "T0 F0 B0 F1 B1 F2 B2 T1 F3 B3", "2 needs T1"),
+        (1, 2, "batch", "T0 F0 B0 T1", "every F and T"),
+        (2, 1, "batch", "T0 F0 F1 B0 B1", None),
+        (2, 1, "batch", "T0 T1 F0 F1 B0 B1", "microbatches are 0 to 0"),
+        (1, 2, "batch", "T0 F0 B0", "every F and T"),
+        (2, 3, "batch", "T0 T1 T2 F0 F1 B0 B1", "multiple or a divisor"),
+    ],
+)  # fmt: skip
+def test_other_microbatches_of_the_teacher(
+    student: int, teacher: int, loss_over: str, written: str, reason: str | None
+) -> None:
+    header = f"stages=1 microbatches={student} loss_over={loss_over} teacher_microbatches={teacher}"
+    schedule = Schedule.parse(f"{header}\nrank 0: {written}")
+    assert schedule.teacher_microbatches == teacher
+    assert Schedule.parse(str(schedule)) == schedule
+    if reason is None:
+        validate(schedule)
+        replay(schedule)
+        return
+    with pytest.raises(ValueError, match=reason):
+        validate(schedule)
+    if "needs" in reason:
+        with pytest.raises(ReplayError):
+            replay(schedule)
 
 
 def test_the_bound_on_activations() -> None:

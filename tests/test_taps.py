@@ -365,11 +365,14 @@ METHODS = {
 }
 
 
+TEACHER = {"FitNets, microbatch": 4, "Cosine, batch": 4, "Cosine, microbatch": 1}  # microbatches, where they are others
+
+
 def fit(make: Make, name: str) -> dict[str, Any]:
     """What a training did on this rank."""
     kind, schedule, rows = METHODS[name]
     module = kind(loss_over=name.split(", ")[1])
-    run = make(schedule=schedule)
+    run = make(schedule=schedule, teacher=TEACHER.get(name, "auto"))
     run.fit(module, loader(rows), None if kind is Cosine else loader(rows))
     return {
         "given": module.given,

@@ -43,9 +43,11 @@ def run(rank: int, out: Path, module: str, stages: int, microbatches: int) -> No
     """One rank of all cases of a file."""
     torch.set_num_threads(1)
 
-    def make(microbatches: int = microbatches, schedule: str = "auto", **options: Any) -> L.Trainer:
-        ours = {"microbatches": microbatches, "schedule": schedule, "balance": "parameters"}
-        strategy: Any = "auto" if stages == TWIN else TSPipeStrategy(**ours)  # type: ignore[arg-type]
+    def make(
+        microbatches: int = microbatches, schedule: str = "auto", teacher: int | str = "auto", **options: Any
+    ) -> L.Trainer:
+        ours = {"microbatches": microbatches, "teacher_microbatches": teacher, "schedule": schedule}
+        strategy: Any = "auto" if stages == TWIN else TSPipeStrategy(balance="parameters", **ours)  # type: ignore[arg-type]
         return trainer(max(1, stages), strategy, **({"num_sanity_val_steps": 0} | options))
 
     for name, function in importlib.import_module(module).CASES.items():

@@ -2,16 +2,15 @@
 
 import argparse
 import itertools
-import json
 import operator
 import os
 import platform
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,18 @@ limit_threads()  # torch reads the limits when it is imported; and what is impor
 import lightning  # noqa: E402
 import torch  # noqa: E402
 
-from tests.benchmarks import suite  # noqa: E402
+from tests.benchmarks import report, suite  # noqa: E402
+from tests.benchmarks import scaling as paper  # noqa: E402
 from tests.benchmarks.balance import Cut, measure_balance  # noqa: E402
 from tests.benchmarks.measure import Measurement  # noqa: E402
 from tests.benchmarks.monitor import Cost, measure_monitor  # noqa: E402
 from tests.benchmarks.ours import measure_ours  # noqa: E402
-from tests.benchmarks.overhead import Overhead, measure_overhead  # noqa: E402
+from tests.benchmarks.overhead import NUM_STAGES, Overhead, measure_overhead  # noqa: E402
 from tests.benchmarks.pairs import PAIRS  # noqa: E402
 from tests.benchmarks.planning import Plan, measure_planning  # noqa: E402
 from tests.benchmarks.real import Contest, measure_real  # noqa: E402
-from tests.benchmarks.rivals import WHOLE, measure_rival  # noqa: E402
+from tests.benchmarks.results import Figures, Results  # noqa: E402
+from tests.benchmarks.rivals import measure_rival  # noqa: E402
 from tests.benchmarks.split import Split, measure_split  # noqa: E402
 
 
@@ -50,9 +51,14 @@ class Goal:
 
 GOALS = (
     *(Goal(f"utilization at {case.problem.name}", ">=", case.goal) for case in suite.GOALS if case.goal is not None),
+    *(
+        Goal(f"utilization lost by {case.problem.exchange} at {case.problem.name}", "<=", 0.01)
+        for case in suite.WAITING
+    ),
+    Goal("simulated step next to the emulated one, off by", "<=", 0.03),
     Goal("speed-up over serial at P=16 M=32 afab-split", ">=", 15),
-    Goal("microseconds per action at P=2 M=24 afab", "<=", 500),
-    Goal("microseconds per action at P=4 M=24 afab", "<=", 500),
+    *(Goal(f"microseconds per action at P={num} M=24 afab", "<=", 200) for num in NUM_STAGES),
+    *(Goal(f"microbatch over the best rival's at P={num} M=24 afab", "<=", 0.5) for num in NUM_STAGES),
     *(Goal(f"throughput over DDP's, {pair}", ">=", 1.0) for pair in PAIRS),
     *(Goal(f"peak memory over DDP's, {pair}", "<=", 0.75) for pair in PAIRS),
     Goal("monitor's share of a step", "<=", 0.01),
@@ -60,30 +66,44 @@ GOALS = (
     Goal("seconds for a plan of P=16 M=64", "<", 2.0),
 )
 
-Figures = dict[str, float]
 
-
-def emulated(full: bool) -> tuple[list[Measurement], Figures]:
+def emulated(results: Results) -> Figures:
     """Utilization with emulated stages: tspipe and its rivals on each problem."""
-    measurements, figures = [], {}
-    print_header("emulated stages | contender | s per step | utilization | step over tspipe's | error")
-    for case in suite.full() if full else suite.quick():
-        ours = measure_ours(case.problem)
-        figures[f"utilization at {ours.problem}"] = ours.utilization
-        for run in itertools.chain([ours], map(partial(_rival, case), case.rivals)):
-            measurements.append(run)
-            print_row(
-                f"{run.problem} | {run.contender} | {run.step_s:.3f} | {run.utilization:.3f} | "
-                f"{run.step_s / ours.step_s:.2f} | {run.error:.0e}"
-            )
-            if run.contender.startswith("serial"):
-                figures[f"speed-up over serial at {run.problem}"] = run.step_s / ours.step_s
-    return measurements, figures
+    todo = [run for case in (suite.full() if results.full else suite.quick()) for run in case.runs()]
+    runs = [Measurement(**run) for run in results.runs("emulated")]
+    known = {(run.contender, run.problem) for run in runs}
+    todo = [(contender, problem) for contender, problem in todo if (contender, problem.name) not in known]
+    minutes = sum(suite.seconds(*run) for run in todo) / 60
+    print(f"emulated stages: {len(todo)} runs, about {minutes:.0f} minutes; {len(runs)} are in the file", flush=True)
+    print_header("emulated stages | contender | s per step | utilization | error")
+    for contender, problem in todo:
+        run = measure_ours(problem) if contender == "tspipe" else measure_rival(contender, problem)
+        runs.append(run)
+        results.keep("emulated", runs)
+        print_row(f"{run.problem} | {run.contender} | {run.step_s:.3f} | {run.utilization:.3f} | {run.error:.0e}")
+    ours = {run.problem: run for run in runs if run.contender == "tspipe"}
+    figures = {f"utilization at {name}": run.utilization for name, run in ours.items()}
+    for case in suite.WAITING:
+        name = case.problem.name
+        free = name.removesuffix(f" {case.problem.exchange}")
+        if name in ours and free in ours:
+            lost = ours[free].utilization - ours[name].utilization
+            figures[f"utilization lost by {case.problem.exchange} at {name}"] = lost
+    for run in runs:
+        if run.contender.startswith("serial"):
+            figures[f"speed-up over serial at {run.problem}"] = run.step_s / ours[run.problem].step_s
+    return figures
 
 
-def _rival(case: suite.Case, contender: str) -> Measurement:
-    num_steps = suite.NUM_STEPS_SERIAL if contender in WHOLE else case.problem.num_steps
-    return measure_rival(contender, replace(case.problem, num_steps=num_steps))
+def scaling(results: Results) -> Figures:
+    """Many stages and microbatches on paper, and how near that is to the emulated stages that are in the file."""
+    more = paper.measure_overheads()
+    checked = paper.checked(results.runs("emulated"), more)
+    results.keep("scaling", [*checked, *paper.on_paper(results.full, more)])
+    print(f"\n{report.scaling(results.runs('scaling'))}", flush=True)
+    figures = {f"microseconds {name[:-2]}": 1e6 * seconds for name, seconds in asdict(more).items()}
+    off = [abs(run.step_s / run.measured_s - 1) for run in checked if run.measured_s and run.contender == "tspipe"]
+    return figures | ({"simulated step next to the emulated one, off by": max(off)} if off else {})
 
 
 def overhead(_: bool) -> tuple[list[Overhead], Figures]:
@@ -96,18 +116,27 @@ def overhead(_: bool) -> tuple[list[Overhead], Figures]:
         for run in overheads
     ]
     print_table("zero-cost stages | contender | us per action | us per microbatch | microbatch over tspipe's", rows)
-    return overheads, {f"microseconds per action at {name}": run.us_per_action for name, run in ours.items()}
+    figures = {f"microseconds per action at {name}": run.us_per_action for name, run in ours.items()}
+    for name, run in ours.items():
+        rivals = [other for other in overheads if other.problem == name and other is not run]
+        best = min(other.us_per_microbatch for other in rivals)
+        figures[f"microbatch over the best rival's at {name}"] = run.us_per_microbatch / best
+    return overheads, figures
 
 
-def real(full: bool) -> tuple[list[Contest], Figures]:
+def real(results: Results) -> Figures:
     """Throughput and memory of real compute against DDP and other pipelines."""
-    contests: list[Contest] = []
+    fewest = 4 if results.full else 2  # contenders
+    old = [Contest(**run) for run in results.runs("real")]
+    known = {run.pair for run in old if sum(other.pair == run.pair for other in old) >= fewest}
+    contests = [run for run in old if run.pair in known]
     figures = {}
     print_header("pair | contender | s per step | samples per s | over DDP's | peak MiB above idle | over DDP's")
-    for run in measure_real(full):
-        contests.append(run)
-        base = next(other for other in contests if other.pair == run.pair)  # DDP is the first
-        throughput, memory = run.samples_per_s / base.samples_per_s, max(run.peak_mib) / min(base.peak_mib)
+    for run in itertools.chain(list(contests), measure_real(results.full, known)):
+        if run.pair not in known:
+            contests.append(run)
+            results.keep("real", contests)
+        throughput, memory = report.over_ddp(asdict(run), map(asdict, contests))
         peaks = " and ".join(f"{peak:.0f}" for peak in run.peak_mib)
         print_row(
             f"{run.pair} | {run.contender} | {run.step_s:.3f} | {run.samples_per_s:.1f} | {throughput:.2f} | "
@@ -116,7 +145,7 @@ def real(full: bool) -> tuple[list[Contest], Figures]:
         if run.contender == "tspipe":
             figures[f"throughput over DDP's, {run.pair}"] = throughput
             figures[f"peak memory over DDP's, {run.pair}"] = memory
-    return contests, figures
+    return figures
 
 
 def balance(_: bool) -> tuple[list[Cut], Figures]:
@@ -165,15 +194,15 @@ def monitor(_: bool) -> tuple[list[Cost], Figures]:
     return costs, {"monitor's share of a step": max(cost.share for cost in costs)}
 
 
-BENCHMARKS: dict[str, Callable[[bool], tuple[Sequence[Any], Figures]]] = {
-    "emulated": emulated,
+KEPT: dict[str, Callable[[Results], Figures]] = {"emulated": emulated, "scaling": scaling, "real": real}  # run by run
+WHOLE: dict[str, Callable[[bool], tuple[Sequence[Any], Figures]]] = {
     "overhead": overhead,
     "balance": balance,
     "monitor": monitor,
     "planning": planning,
     "split": split,
-    "real": real,
 }
+BENCHMARKS = ("emulated", "scaling", *WHOLE, "real")
 
 
 def print_table(header: str, rows: list[str]) -> None:
@@ -212,18 +241,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("json", nargs="?", type=Path, default=Path("bench.json"), help="file for all results")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="benchmarks to run")
-    parser.add_argument("--full", action="store_true", help="more problems and all rivals, which takes an hour")
+    parser.add_argument("--full", action="store_true", help="more problems and all rivals, which takes long")
+    parser.add_argument("--again", action="store_true", help="measure again what the file has")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are killed on the way out
 
-    results: dict[str, Any] = {"environment": environment()}
-    figures: Figures = {}
+    results = Results(options.json, options.full, options.only if options.again else ())
+    results.values["environment"] = environment()
     with tempfile.TemporaryDirectory() as tempfile.tempdir:  # Lightning leaves files behind, as does who is killed
         for name in options.only:
-            runs, measured = BENCHMARKS[name](options.full)
-            results[name] = [asdict(run) for run in runs]
-            figures |= measured
+            if results.has(name):
+                print(f"{name}: {options.json} has it; --again measures it again", flush=True)
+                continue
+            start = time.monotonic()
+            if name in KEPT:
+                figures = KEPT[name](results)
+            else:
+                runs, figures = WHOLE[name](options.full)
+                results.keep(name, runs)
+            results.finish(name, figures)
+            results.values.setdefault("seconds", {})[name] = time.monotonic() - start
 
+    figures = results.figures
     goals = [
         asdict(goal) | {"measured": figures[goal.figure], "met": goal.met(figures[goal.figure])}
         for goal in GOALS
@@ -236,7 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
             for goal in goals
         ],
     )
-    options.json.write_text(json.dumps(results | {"goals": goals}, indent=2) + "\n")
+    results.values["goals"] = goals
+    results.write()
     return 0 if all(goal["met"] for goal in goals) else 1
 
 

@@ -67,6 +67,7 @@ def timed_fit(
     strategy: Strategy,
     num_processes: int,
     num_steps: int,
+    **options: Any,
 ) -> Fit:
     """Train for ``num_steps`` steps; the trained weights are in ``module`` afterwards.
 
@@ -76,6 +77,7 @@ def timed_fit(
         strategy: One that forks its processes.
         num_processes: Processes on this machine.
         num_steps: Optimizer steps.
+        options: More of the trainer's.
     """
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -92,6 +94,7 @@ def timed_fit(
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            **options,
         )
         trainer.fit(module, loader)
         records = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_processes)]

@@ -2,8 +2,10 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
@@ -12,7 +14,7 @@ from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
 from lightning_tspipe.placement import Placement
 from tests.benchmarks.fit import timed_fit
 from tests.benchmarks.measure import Measurement
-from tests.benchmarks.problem import LEARNING_RATE, Problem
+from tests.benchmarks.problem import CLIP, LEARNING_RATE, Problem
 from tests.benchmarks.processes import run_forked
 
 MESSAGE_S = 5e-4  # what the planner is told of a message
@@ -61,8 +63,17 @@ def _train(_: int, problem: Problem) -> tuple[float, float]:
         strategy = TSPipeStrategy(
             microbatches=problem.num_microbatches, balance=path, schedule=problem.order, start_method="fork"
         )
-        fit = timed_fit(module, loader, strategy, problem.num_stages, problem.num_steps)
+        fit = timed_fit(module, loader, strategy, problem.num_stages, problem.num_steps, **_exchange(problem))
     return fit.step_s, problem.check(enumerate(module.student))
+
+
+def _exchange(problem: Problem) -> dict[str, Any]:
+    """What a trainer is told so that the stages wait for each other before an optimizer step."""
+    if problem.exchange == "clipping":
+        return {"gradient_clip_val": CLIP}
+    if problem.exchange == "scaler":  # nothing here is cast: autocast leaves float64 alone
+        return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))]}
+    return {}
 
 
 def _plan(problem: Problem) -> Placement:

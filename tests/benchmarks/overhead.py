@@ -9,7 +9,7 @@ from tests.benchmarks.rivals import RIVALS, measure_rival
 
 NUM_STAGES = (2, 4)
 NUM_MICROBATCHES = 24
-NUM_STEPS = 30
+NUM_STEPS = 100  # the second plan of tspipe, after ten steps, is one of the things that a step costs
 
 
 @dataclass(frozen=True)

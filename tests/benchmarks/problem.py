@@ -12,6 +12,8 @@ from tests.benchmarks.emulated import EmulatedLayer
 
 LEARNING_RATE = 0.1
 TOLERANCE = 1e-10
+Exchange = Literal["clipping", "scaler"]
+CLIP = 0.1  # what the norm of all gradients is clipped to; without that it is several times as large
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Problem:
         delay: Updates by which a momentum teacher is late.
         loss_over: What a loss sees; it is the same loss either way.
         order: Ours; the rivals have their own.
+        exchange: What makes all stages wait for each other before an optimizer step, if anything: clipping by the norm
+            of all gradients, or the check of a loss scale. Only we run that.
         chunks: Layers of each network per process, of which each takes its share of the seconds.
         width: Features of every activation.
         rows: Samples of a microbatch.
@@ -44,6 +48,7 @@ class Problem:
     delay: int = 0
     loss_over: Literal["batch", "microbatch"] = "batch"
     order: str = "afab"
+    exchange: Exchange | None = None
     chunks: int = 1
     width: int = 8
     rows: int = 2
@@ -53,7 +58,8 @@ class Problem:
         """How tables call it."""
         t = "" if self.t == self.f else f" t={self.t / self.f:g}f"
         exact = "" if self.momentum is None or self.delay else " exact"
-        return f"P={self.num_stages} M={self.num_microbatches}{t}{exact} {self.order}"
+        exchange = f" {self.exchange}" if self.exchange else ""
+        return f"P={self.num_stages} M={self.num_microbatches}{t}{exact} {self.order}{exchange}"
 
     @property
     def work_s(self) -> float:
@@ -115,6 +121,8 @@ class Problem:
             for microbatch in batch.chunk(self.num_microbatches):
                 loss = nn.functional.mse_loss(student(microbatch), teacher(microbatch))
                 (loss / self.num_microbatches).backward()  # type: ignore[no-untyped-call]
+            if self.exchange == "clipping":
+                nn.utils.clip_grad_norm_(student.parameters(), CLIP)
             optimizer.step()
             teacher.load_state_dict(teachers[number])
             self.follow(teacher, student)

@@ -1,7 +1,7 @@
 """Real compute on two processes of one thread: this library, Lightning's DDP, and other pipelines."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,10 +47,12 @@ class Contest:
     peak_mib: list[float]
 
 
-def measure_real(full: bool) -> Iterator[Contest]:
+def measure_real(full: bool, known: Container[str] = ()) -> Iterator[Contest]:
     """All contenders in turn, so that they see the same machine; a short run has one pair and no other pipelines."""
     [idle] = run_forked(_idle, 1, timeout_s=TIMEOUT_S)
     for pair in PAIRS if full else list(PAIRS)[:1]:
+        if pair in known:
+            continue
         contenders: dict[str, Callable[[], Fit]] = {
             "DDP": partial(_one, _fit_ddp, pair),
             "tspipe": partial(_one, _fit_tspipe, pair),

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-Run = dict[str, Any]
+from tests.benchmarks.results import Run
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -19,12 +19,66 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def emulated(runs: list[Run]) -> str:
-    """Utilization: a row per problem, a column per contender that ran any of them."""
+    """Utilization: a row per problem, a column per contender that ran any of them; then the best of each."""
     problems = list(dict.fromkeys(run["problem"] for run in runs))
     contenders = list(dict.fromkeys(run["contender"] for run in runs))
     found = {(run["problem"], run["contender"]): f"{run['utilization']:.3f}" for run in runs}
     rows = [[problem, *(found.get((problem, name), "") for name in contenders)] for problem in problems]
-    return table(["problem", *contenders], rows)
+    return f"{table(['problem', *contenders], rows)}\n\n{best(runs)}"
+
+
+def best(runs: list[Run]) -> str:
+    """What each rival has at its own best number of microbatches, by stages and costs, and we on that and on any M."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        stages, _, *others = run["problem"].split()
+        groups.setdefault(" ".join([stages, *(word for word in others if word.startswith("t="))]), []).append(run)
+    rows = []
+    for name, group in groups.items():
+        tops: dict[str, Run] = {}
+        for run in group:
+            if run["contender"] not in tops or run["utilization"] > tops[run["contender"]]["utilization"]:
+                tops[run["contender"]] = run
+        ranked = sorted(tops.values(), key=lambda run: -run["utilization"])
+        rows += [[name, run["contender"], run["problem"].split()[1], f"{run['utilization']:.3f}"]
+                 for run in ranked if len(ranked) > 1]  # fmt: skip
+    return table(["stages", "contender, the best first", "its best M", "utilization"], rows)
+
+
+def scaling(runs: list[Run]) -> str:
+    """Predicted beside measured; then utilization on paper, a row per P and M, the best of all rivals in one column."""
+    both = [run for run in runs if run["measured_s"]]
+    checks = [
+        [run["problem"], run["contender"], f"{run['step_s']:.3f}", f"{run['measured_s']:.3f}",
+         f"{run['step_s'] / run['measured_s']:.3f}"]
+        for run in both
+    ]  # fmt: skip
+    paper: dict[tuple[int, int], list[Run]] = {}
+    for run in runs:
+        if not run["measured_s"]:
+            paper.setdefault((run["num_stages"], run["num_microbatches"]), []).append(run)
+    names = list(dict.fromkeys(r["contender"] for group in paper.values() for r in group if _is_ours(r)))
+    rows = []
+    for (stages, count), group in paper.items():
+        found = {run["contender"]: f"{run['utilization']:.3f}" for run in group}
+        ours, rival = (max((r for r in group if _is_ours(r) is mine), key=lambda r: r["utilization"])
+                       for mine in (True, False))  # fmt: skip
+        speed_ups = [f"{run['speed_up']:.2f}" for run in (ours, rival)]
+        rows.append([str(stages), str(count), *(found.get(name, "") for name in names),
+                     f"{rival['utilization']:.3f} ({rival['contender']})", *speed_ups])  # fmt: skip
+    header = ["P", "M", *names, "best rival", "our speed-up over serial", "the rival's"]
+    compared = table(["problem", "contender", "s per step on paper", "measured", "ratio"], checks)
+    return f"{compared}\n\n{table(header, rows)}" if checks else table(header, rows)
+
+
+def _is_ours(run: Run) -> bool:
+    return bool(run["contender"].startswith("tspipe"))
+
+
+def over_ddp(run: Run, runs: Iterable[Run]) -> tuple[float, float]:
+    """Throughput and peak memory over those of DDP on the same pair; its leanest rank against our fullest."""
+    ddp = next(other for other in runs if other["pair"] == run["pair"] and other["contender"] == "DDP")
+    return run["samples_per_s"] / ddp["samples_per_s"], max(run["peak_mib"]) / min(ddp["peak_mib"])
 
 
 def overhead(runs: list[Run]) -> str:
@@ -38,11 +92,9 @@ def overhead(runs: list[Run]) -> str:
 
 def real(runs: list[Run]) -> str:
     """Throughput and memory, and both over DDP's."""
-    base = {run["pair"]: run for run in runs if run["contender"] == "DDP"}
     rows = []
     for run in runs:
-        ddp = base[run["pair"]]
-        throughput, memory = run["samples_per_s"] / ddp["samples_per_s"], max(run["peak_mib"]) / min(ddp["peak_mib"])
+        throughput, memory = over_ddp(run, runs)
         peak = " and ".join(f"{peak:.0f}" for peak in run["peak_mib"])
         cells = (f"{run['samples_per_s']:.1f}", f"{throughput:.2f}", peak, f"{memory:.2f}")
         rows.append([run["pair"], run["contender"], *cells])
@@ -64,7 +116,7 @@ def _verdict(goal: Run) -> str:
     return "met" if goal["met"] else "MISSED"
 
 
-TABLES = {"emulated": emulated, "overhead": overhead, "real": real, "goals": goals}
+TABLES = {"emulated": emulated, "scaling": scaling, "overhead": overhead, "real": real, "goals": goals}
 
 
 def fill(page: str, results: dict[str, Any]) -> str:

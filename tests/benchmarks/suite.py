@@ -1,14 +1,16 @@
-"""Which emulated problems are measured, with whom, and what is to be reached."""
+"""Which emulated problems are measured, with whom, what is to be reached, and how long it takes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tests.benchmarks.problem import Problem
 from tests.benchmarks.rivals import RIVALS, WHOLE
 
 UNIT_S = 0.04  # of an action; shorter ones are lost in the noise of two cores
-NUM_STEPS = 6
-NUM_STEPS_SERIAL = 4  # as few as can be measured: a step takes P times as long
+NUM_STEPS = 5  # of which two are steady; a step's time varies by less than 1 %
+NUM_STEPS_RIVALS = 4  # as few as can be measured
 MOST = 64  # microbatches
+START_S = 6.0  # until the processes run, and to check the parameters
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,12 @@ class Case:
     problem: Problem
     goal: float | None = None
     rivals: tuple[str, ...] = ()
+
+    def runs(self) -> Iterator[tuple[str, Problem]]:
+        """Every contender, and what it runs."""
+        yield "tspipe", self.problem
+        for rival in self.rivals:
+            yield rival, replace(self.problem, num_steps=NUM_STEPS_RIVALS)
 
 
 def unit(num_stages: int, num_microbatches: int, order: str, **others: object) -> Problem:
@@ -41,18 +49,36 @@ GOALS = (
     Case(unit(16, 32, "afab-split"), 0.95),
     Case(unit(8, 8, "zb", loss_over="microbatch", t=3 * UNIT_S), 0.93),
 )
+# all stages wait for each other before an optimizer step: next to the same problems without that
+WAITING = (
+    Case(replace(GOALS[0].problem, exchange="clipping")),
+    Case(replace(GOALS[1].problem, exchange="clipping")),
+    Case(replace(GOALS[1].problem, exchange="scaler")),
+)
 
 
 def quick() -> list[Case]:
     """What is to be reached, and the rivals where bubbles are said to be none with a whole backward."""
-    return [replace(GOALS[0], rivals=FUSED), *GOALS[1:]]
+    return [replace(GOALS[0], rivals=FUSED), *GOALS[1:], *WAITING]
 
 
 def full() -> list[Case]:
-    """Every number of stages; every rival with our microbatches, and the fused ones with as many as they like, too."""
+    """Every number of stages; every rival with our microbatches, and with as many as are best for it, too."""
     cases = [replace(case, rivals=FUSED) for case in GOALS]
     cases[0] = replace(cases[0], rivals=(*RIVALS, *WHOLE))
     cases[4] = replace(cases[4], rivals=(*RIVALS, *WHOLE))
     cases += [Case(unit(count, 3 * count, "afab"), rivals=(*RIVALS, *WHOLE)) for count in (2, 4)]
-    most = [*(unit(count, MOST, "afab") for count in (8, 16)), replace(GOALS[5].problem, num_microbatches=MOST)]
-    return [*cases, *(Case(replace(problem, num_steps=NUM_STEPS - 1), rivals=FUSED) for problem in most)]
+    most = [*(unit(count, MOST, "afab") for count in (2, 4, 8, 16)), replace(GOALS[5].problem, num_microbatches=MOST)]
+    return [*cases, *WAITING, *(Case(problem, rivals=tuple(RIVALS)) for problem in most)]
+
+
+def seconds(contender: str, problem: Problem) -> float:
+    """About how long a run takes."""
+    stages, step = problem.num_stages, problem.work_s
+    if contender.startswith("serial"):
+        step *= stages
+    elif contender in WHOLE:
+        step += (stages - 1) * problem.num_microbatches * (problem.work_s / problem.num_microbatches - problem.t)
+    elif contender != "tspipe":
+        step *= 1 + (stages - 1) / problem.num_microbatches
+    return START_S + problem.num_steps * step * 1.04

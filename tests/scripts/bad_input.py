@@ -306,6 +306,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "WrongCuts": {"balance": [1, 1]},
     "OrderOfMicrobatches": {"schedule": "1f1b"},
     "SmallBatch": {"microbatches": 5},
+    "SmallBatchOfTheTeacher": {"teacher_microbatches": 8},
     "OneRowMeasured": {"microbatches": 4},
     "OneRow": {"microbatches": 4, "balance": {"student": [1, 3]}},
     "OneRowFollowed": {"microbatches": 4, "balance": "parameters"},

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
-from lightning_tspipe import TSPipeStrategy
+from lightning_tspipe import TSPipeStrategy, edge
 from tests.scripts.small import Small, loader, network, trainer, weights
 
 
@@ -166,6 +166,7 @@ class Counting(L.Callback):
         for name in CALLS:
             if hasattr(dist.ProcessGroup, name):
                 setattr(dist.ProcessGroup, name, self._wrap(name, getattr(dist.ProcessGroup, name)))
+        edge.Sender.exchange = self._wrap("shared", edge.Sender.exchange)  # type: ignore[method-assign]
 
     def _wrap(self, name: str, call: Any) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -184,8 +185,9 @@ class Counting(L.Callback):
             self.counting = False
 
 
-def counted(rank: int, out: Path, momentum: float | None, stages: int) -> None:
-    """From the start of step 3 to the start of step 6."""
+def counted(rank: int, out: Path, momentum: float | None, stages: int, shared: bool) -> None:
+    """From the start of step 3 to the start of step 6; `shared`: small messages go through memory that ranks share."""
+    edge.USED = shared
     counting = Counting(2, 5)
     fit = trainer(stages, TSPipeStrategy(microbatches=2), callbacks=[counting])
     module = Small(momentum=momentum)
