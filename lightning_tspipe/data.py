@@ -12,6 +12,10 @@ from torch import Tensor
 from lightning_tspipe import tree
 from lightning_tspipe.stage import Network
 
+WAYS_OUT = (
+    'Give TSPipeStrategy fewer of them or "auto", use larger batches, or pass drop_last=True to the DataLoader if this '
+    "is the last, short one."
+)
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
@@ -134,14 +138,10 @@ def make_batch(
     """
     rows = check_rows(student, teacher)
     pieces = microbatches if teacher_microbatches is None else teacher_microbatches
-    for name, most, error in (
-        ("microbatches", microbatches, fixed), ("teacher_microbatches", pieces, teacher_fixed),
-    ):  # fmt: skip
-        if rows < most and error:
-            raise ValueError(
-                f"A batch of {rows} row(s) cannot be cut into {name}={most}. Give TSPipeStrategy fewer microbatches or "
-                '"auto", use larger batches, or pass drop_last=True to the DataLoader if this is the last, short one.'
-            )
+    if fixed and rows < microbatches:
+        raise ValueError(f"A batch of {rows} row(s) cannot be cut into microbatches={microbatches}. {WAYS_OUT}")
+    if teacher_fixed and rows < pieces:
+        raise ValueError(f"A batch of {rows} row(s) cannot be cut into teacher_microbatches={pieces}. {WAYS_OUT}")
     count = min(rows, microbatches)
     sizes = even(rows, count)
     leaves, structure = tree.flatten(batch)

@@ -30,9 +30,10 @@ def estimate_costs(partition: Partition) -> Costs:
 
 def check_plan_arguments(microbatches: int | str, schedule: str, teacher_microbatches: int | str = "auto") -> None:
     """Raises ValueError for numbers of microbatches, or an order, that do not exist or do not go together."""
-    for name, value in (("microbatches", microbatches), ("teacher_microbatches", teacher_microbatches)):
-        if value != "auto" and (not isinstance(value, int) or value < 1):
-            raise ValueError(f'{name}={value!r}: give a number of at least 1, or "auto"')
+    if microbatches != "auto" and (not isinstance(microbatches, int) or microbatches < 1):
+        raise ValueError(f'microbatches={microbatches!r}: give a number of at least 1, or "auto"')
+    if teacher_microbatches != "auto" and (not isinstance(teacher_microbatches, int) or teacher_microbatches < 1):
+        raise ValueError(f'teacher_microbatches={teacher_microbatches!r}: give a number of at least 1, or "auto"')
     if isinstance(teacher_microbatches, int):
         if not isinstance(microbatches, int):
             raise ValueError(
