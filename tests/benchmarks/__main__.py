@@ -32,8 +32,8 @@ from tests.benchmarks.pairs import PAIRS  # noqa: E402
 from tests.benchmarks.planning import Plan, measure_planning  # noqa: E402
 from tests.benchmarks.real import Contest, measure_real  # noqa: E402
 from tests.benchmarks.results import Figures, Results  # noqa: E402
-from tests.benchmarks.rivals import measure_rival  # noqa: E402
-from tests.benchmarks.split import Split, measure_split  # noqa: E402
+from tests.benchmarks.rivals import WHOLE, measure_rival  # noqa: E402
+from tests.benchmarks.split import NETWORKS, ORDER, Split, measure_split  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ GOALS = (
     *(Goal(f"peak memory over DDP's, {pair}", "<=", 0.75) for pair in PAIRS),
     Goal("monitor's share of a step", "<=", 0.01),
     Goal("slowest rank over that of the best cut", "<=", 1.05),
+    *(Goal(f"split backward over the whole, {n.name}", "<=", n.goal) for n in NETWORKS if n.goal is not None),
     Goal("seconds for a plan of P=16 M=64", "<", 2.0),
 )
 
@@ -176,14 +177,15 @@ def planning(_: bool) -> tuple[list[Plan], Figures]:
 
 def split(_: bool) -> tuple[list[Split], Figures]:
     """A backward in two parts against the whole one."""
-    splits = measure_split()
-    rows = [
-        f"{run.network} | {1e3 * run.whole_s:.1f} | {1e3 * run.first_s:.1f} | {1e3 * run.rest_s:.1f} | "
-        f"{(run.first_s + run.rest_s) / run.whole_s:.2f}"
-        for run in splits
-    ]
-    print_table("backward | whole, ms | inputs, ms | weights, ms | both over whole", rows)
-    return splits, {}
+    splits = []
+    print_header(
+        f"backwards of {ORDER.count('I')} microbatches | whole, ms | inputs, ms | weights, ms | both over whole"
+    )
+    for run in measure_split():
+        splits.append(run)
+        cells = (f"{1e3 * seconds:.1f}" for seconds in (run.whole_s, run.first_s, run.rest_s))
+        print_row(" | ".join([run.network, *cells, f"{run.ratio:.3f}"]))
+    return splits, {f"split backward over the whole, {run.network}": run.ratio for run in splits}
 
 
 def monitor(_: bool) -> tuple[list[Cost], Figures]:

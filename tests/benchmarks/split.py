@@ -1,76 +1,120 @@
-"""What a backward in two parts costs over one in one piece, on one thread."""
+"""What a step's backwards in two parts cost over backwards in one piece, on one thread."""
 
+import statistics
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_tspipe.split import backward_inputs
+from lightning_tspipe.split import WeightBackward, backward_inputs
 from tests.benchmarks.processes import run_forked
 
-ROUNDS = (
-    40  # of both in turn; a quarter of them is faster than what counts, since a busy machine makes single ones slow
-)
+ROUNDS = 7  # of both in turn, after one that warms caches and memory up
+ORDER = "IIWIWIWW"  # of a step's microbatches, as a schedule has it: others come between the parts of one
+MICROBATCHES = ORDER.count("I")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is measured.
+
+    Attributes:
+        name: As printed.
+        make: Gives the network.
+        shape: Of a microbatch of images.
+        goal: The most that both parts may take over the whole; None where that only is printed.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    goal: float | None = None
 
 
 @dataclass(frozen=True)
 class Split:
-    """One network.
+    """One network's step: the backwards of its microbatches, the first one into new gradients, the others added.
 
     Attributes:
         network: Its name.
-        whole_s: Processor seconds of a backward in one piece.
-        first_s: Of the first part, for the inputs.
-        rest_s: Of the second, for the weights.
+        whole_s: Processor seconds of the backwards in one piece; median, as the others.
+        first_s: Of the first parts, for the inputs.
+        rest_s: Of the second ones, for the weights.
+        ratio: Both parts over the whole, the median of the rounds.
     """
 
     network: str
     whole_s: float
     first_s: float
     rest_s: float
+    ratio: float
 
 
-def vit() -> nn.Module:
-    """Six blocks, 65 tokens."""
-    return torchvision.models.VisionTransformer(32, 4, 6, 4, 192, 768, num_classes=10)
+resnet18 = partial(torchvision.models.resnet18, num_classes=10)
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), (4, 3, 64, 64)),
-    "ViT of 6 blocks": (vit, (8, 3, 32, 32)),
-}
+def vit(size: int, patch: int, heads: int, width: int) -> nn.Module:
+    """Six blocks."""
+    return torchvision.models.VisionTransformer(size, patch, 6, heads, width, 4 * width, num_classes=10)
 
 
-def measure_split() -> list[Split]:
-    """Both networks, in a process of their own."""
-    found: list[list[Split]] = run_forked(_measure, 1, timeout_s=300)
-    return found[0]
+NETWORKS = (
+    Network("resnet18, 4 x 224 x 224", resnet18, (4, 3, 224, 224), goal=1.05),
+    Network("ViT of 6 blocks, width 384, 4 x 197 tokens", partial(vit, 224, 16, 6, 384), (4, 3, 224, 224), goal=1.05),
+    Network("resnet18, 4 x 64 x 64", resnet18, (4, 3, 64, 64)),
+    Network("ViT of 6 blocks, width 192, 8 x 65 tokens", partial(vit, 32, 4, 4, 192), (8, 3, 32, 32)),
+)
 
 
-def _measure(_: int) -> list[Split]:
+def measure_split() -> Iterator[Split]:
+    """All networks, each in a process of its own."""
+    for index in range(len(NETWORKS)):
+        yield run_forked(partial(_measure, index), 1, timeout_s=600)[0]
+
+
+def _measure(index: int, _: int) -> Split:
     torch.set_num_threads(1)
-    splits = []
-    for name, (make, shape) in NETWORKS.items():
-        network, seconds = make(), ([], [], [])
-        for _round in range(ROUNDS):
-            for parts in (False, True):
-                network.zero_grad()
-                x = torch.randn(shape, requires_grad=True)
-                output = network(x)
-                given = torch.ones_like(output)
-                start = time.process_time()
-                if not parts:
-                    output.backward(given)
-                    seconds[0].append(time.process_time() - start)
-                    continue
-                rest = backward_inputs([output], [given], [x])
-                middle = time.process_time()
-                del output
-                rest()
-                seconds[1].append(middle - start)
-                seconds[2].append(time.process_time() - middle)
-        splits.append(Split(name, *(sorted(column)[ROUNDS // 4] for column in seconds)))
-    return splits
+    network = NETWORKS[index]
+    model = network.make()
+    images = [torch.randn(network.shape, requires_grad=True) for _ in range(MICROBATCHES)]
+    rounds = []
+    for _round in range(ROUNDS + 1):
+        seconds = []
+        for backward in (_whole, _in_parts):
+            model.zero_grad()
+            for image in images:
+                image.grad = None
+            seconds += backward(deque(model(image) for image in images), images)
+        rounds.append(seconds)
+    whole, first, rest = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
+    ratio = statistics.median((first + rest) / whole for whole, first, rest in rounds[1:])
+    return Split(network.name, whole, first, rest, ratio)
+
+
+def _whole(outputs: deque[Tensor], _: Sequence[Tensor]) -> list[float]:
+    """Seconds of a step in one piece."""
+    given = torch.ones_like(outputs[0])
+    start = time.process_time()
+    while outputs:
+        outputs.popleft().backward(given)
+    return [time.process_time() - start]
+
+
+def _in_parts(outputs: deque[Tensor], images: Sequence[Tensor]) -> list[float]:
+    """Seconds of all first parts, and of all second ones."""
+    given = torch.ones_like(outputs[0])
+    seconds = {"I": 0.0, "W": 0.0}
+    inputs, waiting = iter(images), deque[WeightBackward]()
+    for part in ORDER:
+        start = time.process_time()
+        if part == "I":
+            waiting.append(backward_inputs([outputs.popleft()], [given], [next(inputs)]))
+        else:
+            waiting.popleft()()
+        seconds[part] += time.process_time() - start
+    return list(seconds.values())
