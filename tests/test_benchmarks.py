@@ -55,6 +55,13 @@ def test_steps_of_rivals_lie_on_a_line() -> None:
     assert rival_steps(problem, MORE) == pytest.approx(direct, rel=2e-4)  # ZBV may gain or lose a message
 
 
+def test_no_rival_is_faster_than_its_work() -> None:
+    problem = suite.unit(8, 400, "afab")
+    steps = rival_steps(problem, MORE)
+    assert min(steps.values()) > problem.work_s + 400 * 3 * MORE.action_s
+    assert steps["ZBV, teacher fused"] > problem.work_s + 400 * 4 * MORE.action_s
+
+
 def test_a_speed_up_is_over_the_serial_step() -> None:
     made = {one.contender: one for one in predictions(4, 12, MORE)}
     assert made["serial model parallelism"].speed_up == pytest.approx(1)

@@ -114,7 +114,11 @@ def rival_steps(problem: Problem, more: Overheads) -> dict[str, float]:
     if count <= most:
         return periods(costs, count)
     fewer, steps = periods(costs, most - stages), periods(costs, most)
-    return {name: step + (step - fewer[name]) * (count - most) / stages for name, step in steps.items()}
+    work = {split: max(costs.work(k, 1, split) for k in range(stages)) - costs.optimizer for split in (False, True)}
+    slopes = {  # while ZBV's greedy order still settles it may gain on its work, which it cannot for long
+        name: max((step - fewer[name]) / stages, work[name.startswith("ZB")]) for name, step in steps.items()
+    }
+    return {name: step + slopes[name] * (count - most) for name, step in steps.items()}
 
 
 def checked(emulated: Iterable[Mapping[str, Any]], more: Overheads) -> list[Prediction]:
