@@ -59,7 +59,7 @@ METHODS = [
     ("distill_digits", "--epochs 8", {"student": 0.9}),
     ("byol_digits", "--epochs 12", {"after": 0.84}),
     ("feature_digits", "", {"student": 0.85}),
-    ("distill_fashion", "--teacher_epochs 3 --epochs 2", {"teacher": 0.65, "distilled": 0.7}),
+    ("distill_fashion", "--teacher_epochs 6 --epochs 3", {"teacher": 0.72, "distilled": 0.74}),
     ("distilbert", "--steps 8 --length 16 --pairs 64", {"after": 0.55}),
     ("mean_teacher", "--epochs 6", {"accuracy": 0.62}),
     ("moco_v3", "--epochs 8", {"after": 0.84}),
@@ -92,7 +92,7 @@ def test_methods(
     if "before" in text:
         assert number("after", text) > number("before", text) + 0.02
     if "plain" in text:
-        assert number("distilled", text) > number("plain", text) + 0.02
+        assert number("distilled", text) > number("plain", text) + 0.04
 
 
 def test_configs(zygote: Zygote, tmp_path: Path) -> None:
