@@ -9,8 +9,6 @@ https://arxiv.org/abs/2104.14294. The loss, the projection head and the schedule
 """
 
 import copy
-import logging
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -115,10 +113,8 @@ class Fashion(L.LightningDataModule):
     @torch.no_grad()
     def neighbour_accuracy(self, encoder):
         """Share of the test images whose 10 nearest labelled neighbours, by cosine, vote for the right class."""
-        training = encoder.training
-        encoder.eval()
+        encoder = copy.deepcopy(encoder).eval()
         known, asked = (encoder(F.interpolate(x, LARGE)).numpy() for x in (self.x[:LABELS], self.test_x))
-        encoder.train(training)
         voters = KNeighborsClassifier(10, metric="cosine", weights="distance").fit(known, self.y[:LABELS])
         return voters.score(asked, self.test_y)
 
@@ -128,9 +124,6 @@ def main(
     momentum: float = 0.98, folder: str | None = None,
 ):  # fmt: skip
     torch.set_num_threads(1)  # so that one process is one core
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
     module, data = DINO(momentum=momentum, teacher_delay=delay), Fashion(folder)
     before = data.neighbour_accuracy(module.teacher[0])

@@ -7,9 +7,7 @@ Methods: Romero et al., "FitNets", ICLR 2015, https://arxiv.org/abs/1412.6550, a
 attention to attention", ICLR 2017, https://arxiv.org/abs/1612.03928.
 """
 
-import logging
 import os
-import warnings
 from collections import OrderedDict
 
 import lightning as L
@@ -105,9 +103,6 @@ def main(
     hint: float = 1.0, attention: float = 1.0, precision: str = "32-true",
 ):  # fmt: skip
     torch.set_num_threads(1)  # so that one process is one core
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
     module, data = FeatureDistill(hint=hint, attention=attention), Digits()
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # "tspipe" starts this script again, and shares rank 0's weights

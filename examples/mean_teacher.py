@@ -7,9 +7,7 @@ Method: Tarvainen, Valpola, "Mean teachers are better role models", NeurIPS 2017
 """
 
 import copy
-import logging
 import math
-import warnings
 from pathlib import Path
 
 import lightning as L
@@ -110,9 +108,6 @@ def main(
     weight: float = 10.0, momentum: float = 0.99, folder: str | None = None,
 ):  # fmt: skip
     torch.set_num_threads(1)  # so that one process is one core
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu", devices=1 if strategy == "auto" else 2, max_epochs=epochs, logger=False,

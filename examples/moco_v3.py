@@ -8,9 +8,7 @@ https://arxiv.org/abs/2104.02057. Projection and prediction heads, and the gathe
 """
 
 import copy
-import logging
 import math
-import warnings
 from functools import partial
 
 import lightning as L
@@ -112,12 +110,9 @@ class Digits(L.LightningDataModule):
     @torch.no_grad()
     def neighbour_accuracy(self, encoder):
         """Share of the test images whose 5 nearest labelled neighbours, by cosine, vote for the right class."""
-        training, (x, y) = encoder.training, self.known
-        encoder.eval()
+        encoder, (x, y) = copy.deepcopy(encoder).eval(), self.known
         voters = KNeighborsClassifier(5, metric="cosine", weights="distance").fit(encoder(x).numpy(), y)
-        accuracy = voters.score(encoder(self.test_x).numpy(), self.test_y)
-        encoder.train(training)
-        return accuracy
+        return voters.score(encoder(self.test_x).numpy(), self.test_y)
 
 
 def main(
@@ -125,9 +120,6 @@ def main(
     momentum: float = 0.95,
 ):  # fmt: skip
     torch.set_num_threads(1)  # so that one process is one core
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
     data = Digits()
     module = MoCo(momentum=momentum, steps=epochs * len(data.train_dataloader()), teacher_delay=delay)

@@ -16,7 +16,7 @@ from tests.scripts.zygote import ROOT, Zygote
 
 FOLDER = ROOT / "examples/configs/full"
 WHOLE = bool(os.environ.get("TSPIPE_FULL"))
-RANKS = {"moco_v3": 8, "byol": 8, "distill": 8, "dino": 16}
+RANKS = {"moco_v3": 8, "byol": 8, "distill": 8, "dino": 16, "distilbert": 4}
 SMALL = "--model.encoder.init_args.model_name"
 NARROWER = {
     "moco_v3": [SMALL, "vit_tiny_patch16_224", "--model.features", "192", "--model.hidden", "32"],
@@ -24,6 +24,7 @@ NARROWER = {
     "dino": [SMALL, "vit_tiny_patch16_224", "--model.features", "192", "--model.outputs", "32"],
     "distill": ["--model.teacher.init_args.model_name", "vit_tiny_patch16_224", "--model.student.init_args.model_name",
                 "resnet14t"],
+    "distilbert": ["--model.width", "48", "--model.layers", "4", "--data.init_args.shapes", "[[16], [16]]"],
 }  # fmt: skip
 ON_CPU = {
     "trainer.accelerator": "cpu", "trainer.devices": "2", "trainer.num_nodes": "1", "trainer.fast_dev_run": "true",
