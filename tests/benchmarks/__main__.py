@@ -32,7 +32,7 @@ from tests.benchmarks.pairs import PAIRS  # noqa: E402
 from tests.benchmarks.planning import Plan, measure_planning  # noqa: E402
 from tests.benchmarks.real import Contest, measure_real  # noqa: E402
 from tests.benchmarks.results import Figures, Results  # noqa: E402
-from tests.benchmarks.rivals import WHOLE, measure_rival  # noqa: E402
+from tests.benchmarks.rivals import measure_rival  # noqa: E402
 from tests.benchmarks.split import NETWORKS, ORDER, Split, measure_split  # noqa: E402
 
 
