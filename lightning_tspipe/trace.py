@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -205,13 +206,15 @@ class Traced:
 
     def modules(self, start: int, stop: int) -> list[nn.Module]:
         """The submodules that these layers call."""
+        return [module for module, layers in self._homes if any(start <= layer < stop for layer in layers)]
+
+    @cached_property
+    def _homes(self) -> list[tuple[nn.Module, set[int]]]:
+        """What is called whole, with the layers of its tensors."""
         return [
-            module
+            (module, {self._layer_of[self._alias[f"{name}.{key}".lstrip(".")]] for key in tensors_of(module)})
             for name, module in self._recorder.modules.items()
-            if (self._recorder.is_layer(module) or next(module.children(), None) is None)
-            and any(
-                start <= self._layer_of[self._alias[f"{name}.{key}".lstrip(".")]] < stop for key in tensors_of(module)
-            )
+            if self._recorder.is_layer(module) or next(module.children(), None) is None
         ]
 
     # --- the part of one stage

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightly.loss import DINOLoss, NTXentLoss
-from lightly.models.modules.heads import DINOProjectionHead
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -30,6 +28,10 @@ from tests.scripts.small import Small, loader, trainer, weights
 from tests.scripts.zygote import ROOT, Zygote
 from tests.subprocesses import python_path
 from tests.test_checkpoint import assert_same
+
+if __name__ != "__main__":  # as a script, which torchrun starts, it needs none of them, and starts sooner
+    from lightly.loss import DINOLoss, NTXentLoss
+    from lightly.models.modules.heads import DINOProjectionHead
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -305,7 +307,7 @@ def torchrun(folder: Path, node: int, port: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *command, "--master-port", str(port),
          str(ROOT / "tests/test_replicas.py"), str(folder), "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path(lean=False)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path()},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 

@@ -107,9 +107,9 @@ def scaling(results: Results) -> Figures:
     return figures | ({"simulated step next to the emulated one, off by": max(off)} if off else {})
 
 
-def overhead(_: bool) -> tuple[list[Overhead], Figures]:
+def overhead(full: bool) -> tuple[list[Overhead], Figures]:
     """Cost of the runtimes with stages that take no time."""
-    overheads = measure_overhead()
+    overheads = measure_overhead(full)
     ours = {run.problem: run for run in overheads if run.contender == "tspipe"}
     rows = [
         f"{run.problem} | {run.contender} | {run.us_per_action:.0f} | {run.us_per_microbatch:.0f} | "
@@ -149,9 +149,9 @@ def real(results: Results) -> Figures:
     return figures
 
 
-def balance(_: bool) -> tuple[list[Cut], Figures]:
+def balance(full: bool) -> tuple[list[Cut], Figures]:
     """The cuts that are chosen by measurement against the best ones."""
-    cuts = measure_balance()
+    cuts = measure_balance(full)
     rows = [
         f"{cut.teacher} | {cut.stages} | {1e3 * cut.chosen_s:.1f} | {cut.chosen_s / cut.best_s:.3f} | "
         f"{cut.parameters_s / cut.best_s:.3f}"
@@ -175,13 +175,13 @@ def planning(_: bool) -> tuple[list[Plan], Figures]:
     }
 
 
-def split(_: bool) -> tuple[list[Split], Figures]:
+def split(full: bool) -> tuple[list[Split], Figures]:
     """A backward in two parts against the whole one."""
     splits = []
     print_header(
         f"backwards of {ORDER.count('I')} microbatches | whole, ms | inputs, ms | weights, ms | both over whole"
     )
-    for run in measure_split():
+    for run in measure_split(full):
         splits.append(run)
         cells = (f"{1e3 * seconds:.1f}" for seconds in (run.whole_s, run.first_s, run.rest_s))
         print_row(" | ".join([run.network, *cells, f"{run.ratio:.3f}"]))

@@ -74,8 +74,8 @@ class Distillation(TeacherStudentModule):
         return torch.optim.SGD(self.student.parameters(), lr=0.01)
 
 
-def measure_balance() -> list[Cut]:
-    """Every teacher at every number of stages.
+def measure_balance(full: bool) -> list[Cut]:
+    """The first teacher, or every one, at every number of stages.
 
     Layers are measured by themselves in some processes, before, between and after the fits, and the median counts: a
     convolution with large filters can take a third less in one process than in most. Nothing that the fits have
@@ -83,7 +83,7 @@ def measure_balance() -> list[Cut]:
     """
     cuts = []
     message = run_forked(_message_cost, 2, free_port(), timeout_s=TIMEOUT_S)[0]
-    for teacher in TEACHERS:
+    for teacher in TEACHERS if full else list(TEACHERS)[:1]:
         measured, chosen = [], {}
         for stages in (*STAGES, None):
             measured.append(run_forked(_measure, 1, teacher, timeout_s=TIMEOUT_S)[0])
