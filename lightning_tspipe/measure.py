@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_tspipe import split, tree
 from lightning_tspipe.comm import Comm
-from lightning_tspipe.memory import made_up, swap, trim
+from lightning_tspipe.memory import made_up, swap
 from lightning_tspipe.recording import unchanged
 from lightning_tspipe.stage import own_input
 
@@ -22,7 +22,6 @@ ROUNDS = 4  # of which the fastest counts, pass by pass
 ENOUGH = 1.0  # seconds after which a layer is not run again
 REPEATS, ENOUGH_FOR_ALL = 3, 2.0  # the same for all layers of a rank, one after the other
 PING_BYTES = 4 << 20
-WORTH_TRIMMING = 4 << 20  # bytes; pages that are given back are new to the process once more
 PINGS = 10
 SUMMED = ("forward", "inputs", "weights", "first", "rest", "held")  # over the views
 
@@ -80,7 +79,6 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._left = 0  # bytes that the last layer may have left to the allocator
         self._counted: set[int] = set()  # memory of the last layer's outputs that is in `held` of a layer already
 
     def teacher(self, layer: nn.Module, tensors: Sequence[Tensor], views: list[Any]) -> tuple[list[Any], LayerCost]:
@@ -177,15 +175,12 @@ class Meter:
         views: list[Any],
         trained: int = 0,
     ) -> tuple[list[Any], LayerCost]:
-        if self._left > WORTH_TRIMMING:  # what layers leave behind would add up to more than a stage has
-            trim()
         size = sum(tensor.nbytes for tensor in tensors)
         with self._borrowed(tensors), unchanged(layer.modules()):
             outputs, costs = zip(*(run(view) for view in views), strict=True)
         received, sent = (sum(leaf.nbytes for leaf in tree.flatten(list(of))[0]) for of in (views, outputs))
         total = {name: sum(getattr(cost, name) for cost in costs) for name in SUMMED}
         sizes = {"received": received, "sent": sent, "parameters": size, "trained": trained}
-        self._left = received + sent + total["held"] + 2 * trained
         return list(outputs), replace(costs[0], **total, **sizes)
 
     @contextmanager

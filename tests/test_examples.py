@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import runpy
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from lightning_tspipe.cli import main
 from tests.benchmarks import method_speed, methods
 from tests.scripts.zygote import ROOT, Zygote
 from tests.subprocesses import run_script
@@ -39,19 +35,6 @@ def test_demo(tmp_path: Path) -> None:
     assert distilled > plain + 0.05
     assert number("sequential twin", text) == pytest.approx(distilled, abs=0.01)
     assert "T0'" in text, "the schedule looks nothing ahead"
-
-
-def run_example(rank: int, out: Path, name: str, options: list[str]) -> None:
-    """What every rank of an example runs."""
-    sys.argv = [name, *options]
-    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
-
-
-def run_configs(rank: int, out: Path, files: list[str]) -> None:
-    """What every rank of the command line runs, from one file after another."""
-    os.chdir(ROOT / "examples")
-    for file in files:
-        main(["fit", "--config", file, "--trainer.fast_dev_run", "true", "--trainer.enable_model_summary", "false"])
 
 
 METHODS = [
@@ -83,7 +66,7 @@ def test_methods(
         pytest.skip(f"{', '.join(lacks(name))}, of the extra `examples`, is not installed")
     ranks = 2 if strategy == "tspipe" else 1
     arguments = {"name": name, "options": [*options.split(), "--strategy", strategy]}
-    codes = zygote.run("tests.test_examples:run_example", ranks, tmp_path, 110, **arguments)
+    codes = zygote.run("tests.scripts.examples:run_example", ranks, tmp_path, 110, **arguments)
     text = (tmp_path / "0.txt").read_text()
     assert codes == [0] * ranks, text
     for label, value in least.items():
@@ -99,7 +82,9 @@ def test_configs(zygote: Zygote, tmp_path: Path) -> None:
     files = sorted(map(str, (ROOT / "examples/configs").glob("*.yaml")))
     assert [Path(file).stem for file in files] == sorted(name for name, _, _ in METHODS)
     files = [file for file in files if not lacks(Path(file).stem)]
-    codes = zygote.run("tests.test_examples:run_configs", 2, tmp_path, 110, files=files)
+    options = ["--trainer.fast_dev_run", "true", "--trainer.enable_model_summary", "false"]
+    commands = [["fit", "--config", file, *options] for file in files]
+    codes = zygote.run("tests.scripts.examples:run_commands", 2, tmp_path, 110, commands=commands)
     text = (tmp_path / "0.txt").read_text()
     assert codes == [0, 0], text
     assert text.count("`Trainer.fit` stopped: `max_steps=1` reached.") == len(files)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from lightning_tspipe.cli import main
 from tests.scripts.zygote import ROOT, Zygote
 
 FOLDER = ROOT / "examples/configs/full"
@@ -33,13 +32,6 @@ ON_CPU = {
 }  # fmt: skip
 
 
-def run_commands(rank: int, out: Path, commands: list[list[str]]) -> None:
-    """What every rank runs."""
-    os.chdir(ROOT / "examples")
-    for command in commands:
-        main(command)
-
-
 def settings(name: str) -> list[str]:
     return ["--config", f"configs/full/{name}.yaml", "--config", f"configs/full/synthetic/{name}.yaml"]
 
@@ -54,7 +46,7 @@ def test_dry_plans(zygote: Zygote, tmp_path: Path) -> None:
     """Of the whole networks, on as many ranks as the settings have."""
     options = ["--trainer.accelerator", "cpu", "--tflops", "100", "--bandwidth_gb_s", "200", "--memory_gb", "80"]
     commands = [["plan", *settings(name), *options] for name in RANKS]
-    codes = zygote.run("tests.test_full:run_commands", 1, tmp_path, 170, commands=commands)
+    codes = zygote.run("tests.scripts.examples:run_commands", 1, tmp_path, 170, commands=commands)
     text = (tmp_path / "0.txt").read_text()
     assert codes == [0], text
     assert list(map(int, re.findall(r"^(\d+) ranks, \d+ microbatches", text, re.MULTILINE))) == list(RANKS.values())
@@ -66,7 +58,7 @@ def test_dry_plans(zygote: Zygote, tmp_path: Path) -> None:
 def test_a_step(zygote: Zygote, tmp_path: Path, names: list[str]) -> None:
     changed = [part for key, value in ON_CPU.items() for part in (f"--{key}", value)]
     commands = [["fit", *settings(name), *changed, *([] if WHOLE else NARROWER[name])] for name in names]
-    codes = zygote.run("tests.test_full:run_commands", 2, tmp_path, 600 if WHOLE else 110, commands=commands)
+    codes = zygote.run("tests.scripts.examples:run_commands", 2, tmp_path, 600 if WHOLE else 110, commands=commands)
     text = (tmp_path / "0.txt").read_text()
     assert codes == [0, 0], text
     assert text.count("`Trainer.fit` stopped: `max_steps=1` reached.") == len(names)

@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.benchmarks.method_speed import measure_speeds, speed_table
 from tests.scripts.zygote import ROOT, Zygote
 
-TARGET = "tests.test_examples:run_example"
+TARGET = "tests.scripts.examples:run_example"
 SINGLE = ("single device", "--strategy auto")
 WHOLE = ("tspipe, delay 0, M=1", "--delay 0 --microbatches 1")
 FROZEN = [SINGLE, *((f"tspipe, M={m}", f"--microbatches {m}") for m in (2, 4, 8))]

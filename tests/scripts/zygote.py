@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,17 @@ def _rank(request: dict[str, Any], rank: int, port: int) -> None:
         os._exit(code)
 
 
+def _warm_up(module: str) -> None:
+    """Import what ranks would import, each of them and each time; what fails here fails in them and is told there."""
+    if module not in sys.modules:
+        with suppress(Exception), redirect_stdout(sys.stderr):  # stdout has the answers
+            importlib.import_module(module)
+        gc.collect()
+        gc.freeze()  # a child's garbage collector would else copy all that is there
+
+
 def _serve(request: dict[str, Any]) -> list[int | None]:
+    _warm_up(request["target"].partition(":")[0])
     port = free_port()
     pids = []
     for rank in range(request["ranks"]):
@@ -130,10 +140,8 @@ def main() -> None:
     """Answer requests until stdin closes."""
     import torch
 
-    importlib.import_module("lightning_tspipe")
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # a child's garbage collector would else copy all that is there
+    _warm_up("lightning_tspipe")
     for line in sys.stdin:
         print(json.dumps(_serve(json.loads(line))), flush=True)
 
