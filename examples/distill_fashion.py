@@ -158,7 +158,7 @@ def main(
         learn(plain, data.x[repeated], data.y[repeated], epochs, module.hparams.lr)
         taught = accuracy(module.teacher.float(), module.teacher_input([data.test_x]), data.test_y)
         print(f"test accuracy of {len(data.test_y)} images   teacher {taught:.4f}", end="")
-        print(f"   distilled {trainer.callback_metrics['accuracy']:.4f}", end="")
+        print(f"   distilled {accuracy(module.student.float(), data.test_x, data.test_y):.4f}", end="")
         print(f"   plain {accuracy(plain, data.test_x, data.test_y):.4f}")
         print(f"loss {trainer.callback_metrics['loss']:.8f} after {trainer.global_step} steps of {strategy}")
 
