@@ -17,11 +17,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_tspipe import _lightning
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.example import Examples
-from lightning_tspipe.module import TeacherStudentModule
+from lightning_tspipe.module import TeacherStudentModule, looks_ahead
 from lightning_tspipe.orders import SPLIT
 from lightning_tspipe.partition import Balance, Layers, Partition, chosen, explicit_cuts, find_layers
 from lightning_tspipe.placement import Placement
-from lightning_tspipe.placing import Placer, check_same, named
+from lightning_tspipe.placing import Placer, check_same, fewest_in_flight, named
 from lightning_tspipe.plan import Planner, estimate_costs, most_in_memory
 from lightning_tspipe.randomness import kept
 from lightning_tspipe.steps import Options
@@ -114,10 +114,8 @@ class Arrangement:
             context = self._trainer.precision_plugin.train_step_context
             recompute = self._recompute, self._keeps_inputs
             placer = Placer(layers, stages, self._comm, self._device, context, *recompute)
-            over_batch = self._module.loss_over == "batch"
-            in_flight = [count if over_batch else min(count, stages - stage) for stage in range(stages)]
             with kept(self._device, *self._module.modules()):
-                found = placer.find(sample, self._limit, in_flight)
+                found = placer.find(sample, self._limit, fewest_in_flight(self._module.loss_over, count, stages))
         found = self._broadcast(found)
         if isinstance(found, ValueError):
             raise found
@@ -134,7 +132,6 @@ class Arrangement:
             resumed: microbatches per batch of the run that is resumed.
         """
         module = self._module
-        lookahead = module.momentum is None or module.teacher_delay != 0
         costs = self.placement.costs
         if costs is None:
             costs = estimate_costs(self.parts)
@@ -143,7 +140,7 @@ class Arrangement:
         split = bool(costs.whole) and not self._recompute and options is None
         planner = Planner(
             costs,
-            lookahead,
+            looks_ahead(module),
             module.loss_over,
             self._schedule,
             post_ahead,

@@ -16,7 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_tspipe.dryplan import dry_placement
-from lightning_tspipe.module import TeacherStudentModule
+from lightning_tspipe.module import TeacherStudentModule, looks_ahead
 from lightning_tspipe.monitor import strategy_of
 from lightning_tspipe.orders import minimal_microbatches
 from lightning_tspipe.placement import Placement
@@ -140,7 +140,7 @@ def show(module: TeacherStudentModule, placement: Placement, costs: Costs, micro
     scale = costs.f[0] / placement.f[0] if placement.f[0] else 1.0
     pair = Pair(
         costs,
-        lookahead=module.momentum is None or module.teacher_delay != 0,
+        lookahead=looks_ahead(module),
         loss_over=module.loss_over,
         student=_bytes(module.student, trained=True),
         teacher=_bytes(module.teacher),

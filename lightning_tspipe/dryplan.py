@@ -13,11 +13,11 @@ from lightning_tspipe.data import check_rows
 from lightning_tspipe.example import Examples
 from lightning_tspipe.measure import MessageCost
 from lightning_tspipe.memory import without_memory
-from lightning_tspipe.module import TeacherStudentModule
+from lightning_tspipe.module import TeacherStudentModule, looks_ahead
 from lightning_tspipe.orders import minimal_microbatches
 from lightning_tspipe.partition import find_layers
 from lightning_tspipe.placement import Placement
-from lightning_tspipe.placing import Cutter
+from lightning_tspipe.placing import Cutter, fewest_in_flight
 from lightning_tspipe.prospects import Machine
 from lightning_tspipe.reporting import Asked
 from lightning_tspipe.schedule import Costs
@@ -70,16 +70,15 @@ def dry_placement(
     layers.cut(*layers.by_parameters(stages))  # what cannot be cut is an error here
     costs = counted(layers, sample, rate, context)
     message = MessageCost(per_byte=1 / machine.bandwidth if machine.bandwidth else 0.0)
-    over_batch = module.loss_over == "batch"
-    in_flight = [count if over_batch else min(count, stages - stage) for stage in range(stages)]
     limit = math.inf if machine.memory is None else machine.memory
     cutter = Cutter(layers, stages, asked.recompute, asked.recompute)
-    placement = cutter.place(*costs, message, check_rows(student, teacher), limit, in_flight)
+    placement = cutter.place(
+        *costs, message, check_rows(student, teacher), limit, fewest_in_flight(module.loss_over, count, stages)
+    )
     found = placement.costs
     assert found is not None
     if asked.microbatches == "auto":
-        lookahead = module.momentum is None or module.teacher_delay != 0
-        chosen = minimal_microbatches(stages, found, lookahead=lookahead, loss_over=module.loss_over)
+        chosen = minimal_microbatches(stages, found, lookahead=looks_ahead(module), loss_over=module.loss_over)
         found, count = found.scaled(count / chosen), chosen
     return placement, found, count
 

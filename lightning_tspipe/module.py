@@ -248,6 +248,11 @@ class TeacherStudentModule(pl.LightningModule):
             self._momentum_teacher.advance(step, step)
 
 
+def looks_ahead(module: TeacherStudentModule) -> bool:
+    """Whether the teacher may run a batch ahead in the pipeline: it is frozen, or one update late."""
+    return module.momentum is None or module.teacher_delay != 0
+
+
 def run_loss(module: TeacherStudentModule, student: Any, teacher: Any, target: Any) -> Any:
     """Call `loss` with what the networks gave: `Tapped` of a network with taps, lists if there are views."""
     if not (module.student_taps or module.teacher_taps):

@@ -20,6 +20,7 @@ from lightning_tspipe.measure import LayerCost, MessageCost, Meter, fastest
 from lightning_tspipe.partition import Layers, Partition
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.recording import tensors_of
+from lightning_tspipe.schedule import LossOver
 
 Sample = dict[str, list[Any]]
 
@@ -44,6 +45,11 @@ def check_same(found: Placement, layers: Layers, stages: int) -> None:
             counts = f"{len(saved)} layers in place of {len(expected)}"
             what = counts if other is None else f"{other[0]!r} in place of {other[1]!r}"
             raise ValueError(f"balance names a plan of another {network} ({what}). Make a new one.")
+
+
+def fewest_in_flight(loss_over: LossOver, microbatches: int, stages: int) -> list[int]:
+    """Student microbatches that each stage must be able to hold: all, or those of 1F1B if the loss allows that."""
+    return [microbatches if loss_over == "batch" else min(microbatches, stages - k) for k in range(stages)]
 
 
 class Cutter:

@@ -63,7 +63,6 @@ class TSPipeStrategy(ReportingStrategy):
         stages: number of stages; "auto" takes all devices. With fewer, there are several pipelines, data-parallel
             replicas that average their gradients.
         microbatches: per batch; "auto" takes the fewest that let the teacher fill the bubbles.
-        teacher_microbatches: of the teacher, a multiple or a divisor; "auto" takes as many, or more where that pays.
         schedule: the order of the work; "afab" (all forwards, then all backwards), "1f1b", or "afab-split" and "zb",
             the same two with the backward split into inputs and weights; "auto" takes the fastest by measured costs.
         balance: "auto" (measured), "parameters", the numbers of layers of the stages, a dict of these (`partition`), or
@@ -76,6 +75,8 @@ class TSPipeStrategy(ReportingStrategy):
         state_dict_type: of checkpoints: "full" is one file, "sharded" a folder to which each rank writes its own part.
         recompute: whether a student stage keeps only what goes in and out of it, and runs again in the backward.
         compile: whether each stage goes through torch.compile, or the arguments for that.
+        teacher_microbatches: per batch, of the teacher, a multiple or a divisor of `microbatches`; "auto" takes
+            as many, or more where that pays.
 
     Raises:
         ValueError: an argument is not among what is listed above.
@@ -87,7 +88,6 @@ class TSPipeStrategy(ReportingStrategy):
         self,
         stages: int | Literal["auto"] = "auto",
         microbatches: int | Literal["auto"] = "auto",
-        teacher_microbatches: int | Literal["auto"] = "auto",
         schedule: str = "auto",
         balance: Balance | Path = "auto",
         max_memory: int | None = None,
@@ -102,6 +102,7 @@ class TSPipeStrategy(ReportingStrategy):
         cluster_environment: ClusterEnvironment | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
+        teacher_microbatches: int | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         check_plan_arguments(microbatches, schedule, teacher_microbatches)

@@ -52,8 +52,12 @@ class Record(L.Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        record = {"ends": self.ends, "peak_bytes": peak_bytes()}
+        record = {"ends": self.ends, "peak_bytes": peak_bytes(), **self.more()}
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(record))
+
+    def more(self) -> dict[str, Any]:
+        """What else goes into the file."""
+        return {}
 
 
 def peak_bytes() -> int:

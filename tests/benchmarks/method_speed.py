@@ -9,7 +9,6 @@ import json
 import runpy
 import statistics
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,35 +16,29 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_tspipe import tree
-from tests.benchmarks.fit import peak_bytes
+from tests.benchmarks.fit import Record, peak_bytes
 from tests.scripts.zygote import ROOT, Zygote
 
 WAYS = {"single device": ("auto", 1), "DDP": ("ddp", 2), "tspipe": ("tspipe", 2)}
 WARM_UP, STEPS = 14, 34  # the pipeline is planned again after ten batches
 
 
-class Record(L.Callback):
-    """Notes on every rank when each step ends, and in the end the peak memory, in one file per rank.
+class Counted(Record):
+    """Notes the rows of a batch, too; 0 on ranks that have none."""
 
-    Args:
-        folder: where the files go.
-    """
+    rows = 0
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.ends, self.rows = folder, list[float](), 0
-
+    @override
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         leaves = tree.flatten(batch)[0] if trainer.is_global_zero else []
         self.rows = max([len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim], default=0)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.ends.append(time.perf_counter())
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        found = {"ends": self.ends, "rows": self.rows, "peak": peak_bytes()}
-        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(found))
+    @override
+    def more(self) -> dict[str, Any]:
+        return {"rows": self.rows}
 
 
 def timed_example(rank: int, out: Path, name: str, options: list[str]) -> None:
@@ -53,7 +46,7 @@ def timed_example(rank: int, out: Path, name: str, options: list[str]) -> None:
 
     class Timed(L.Trainer):
         def __init__(self, **given: Any) -> None:
-            super().__init__(**given | {"callbacks": [*given.get("callbacks", []), Record(out)], "max_steps": STEPS})
+            super().__init__(**given | {"callbacks": [*given.get("callbacks", []), Counted(out)], "max_steps": STEPS})
 
     torch.set_num_threads(1)
     sys.argv, L.Trainer = [name, *options], Timed  # type: ignore[misc]
@@ -63,7 +56,7 @@ def timed_example(rank: int, out: Path, name: str, options: list[str]) -> None:
 def idle_example(rank: int, out: Path, name: str) -> None:
     """The memory of a process that has imported what the example imports, and does nothing."""
     runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="idle")
-    (out / "0.json").write_text(json.dumps({"peak": peak_bytes()}))
+    (out / "0.json").write_text(json.dumps({"peak_bytes": peak_bytes()}))
 
 
 def measure_speeds(zygote: Zygote, folder: Path, examples: dict[str, str]) -> None:
@@ -92,7 +85,7 @@ def measure_speeds(zygote: Zygote, folder: Path, examples: dict[str, str]) -> No
                 found = run("timed_example", ranks, name=name, options=[*options.split(), "--strategy", strategy])
                 step = max(statistics.median(b - a for a, b in pairwise(one["ends"][WARM_UP:])) for one in found)
                 rows = found[0]["rows"] * (ranks if way == "DDP" else 1)
-                peaks = [one["peak"] - idle["peak"] for one in found]
+                peaks = [one["peak_bytes"] - idle["peak_bytes"] for one in found]
                 file.write_text(json.dumps({"step": step, "rows": rows, "peaks": peaks}))
 
 
