@@ -34,6 +34,7 @@ MODULE_NAMES = {
     "_call_lightning_module_hook": "lightning.pytorch.trainer.call",
     "_IndexBatchSamplerWrapper": "lightning.pytorch.overrides.distributed",
     "_get_total_norm": "torch.nn.utils.clip_grad",
+    "_engine_run_backward": "torch.autograd.graph",
     "_request_dataloader": "lightning.pytorch.trainer.connectors.data_connector",
     "_select_data_fetcher": "lightning.pytorch.loops.fit_loop",
     "_PrefetchDataFetcher": "lightning.pytorch.loops.fetchers",
