@@ -213,13 +213,17 @@ class Channel:
             self.know(key, structure, shapes)
             self._line.send((structure, shapes))
             known = self._known[key]
-        if known.structure != structure or not _have_shapes(leaves, known.shapes):
+        # a loop over shapes costs less than a comparison of tuples that are made for it, and it runs per message
+        same = len(leaves) == len(known.shapes) and known.structure == structure
+        for leaf, (shape, dtype) in zip(leaves, known.shapes, strict=False):
+            same = same and leaf.dtype is dtype and leaf.shape == shape
+        if not same:
             raise ValueError(
                 f"A network changed the shape of its output ({self._kind}) between batches of equal inputs: first "
                 f"{known[:2]}, now {(structure, shapes_of(leaves))}. Outputs must have the same shapes for the same "
                 "input shapes."
             )
-        buffers = [self._links.to_wire(leaf) for leaf in leaves]
+        buffers = list(map(self._links.to_wire, leaves))
         self._links.count(self._kind, len(buffers), known.size)
         if known.like is not None and self._links.exchange(self._near, buffers, self._peer):
             self._sent.append(((), ()))  # they were copied
@@ -285,13 +289,3 @@ class Channel:
         """Start to send or receive by the group; what has found no room elsewhere has an order of its own."""
         tag = self._tag + len(KINDS) * overflow
         return [self._links.start(call, buffer, self._peer, self._place, tag) for buffer in buffers]
-
-
-def _have_shapes(leaves: Sequence[Tensor], shapes: Shapes) -> bool:
-    """Whether these are the shapes and types of some tensors."""
-    if len(leaves) != len(shapes):
-        return False
-    for leaf, (shape, dtype) in zip(leaves, shapes, strict=True):  # a loop costs less than a generator, per message
-        if leaf.shape != shape or leaf.dtype is not dtype:
-            return False
-    return True

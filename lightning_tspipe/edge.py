@@ -66,7 +66,7 @@ class _End:
     def __init__(
         self, memory: mmap.mmap, start: int, size: int, woken_by: int, wakes: int, other: socket.socket, timeout: float
     ) -> None:
-        self.limit = size // PART
+        self.limit, self._marks = size // PART, size // MARKS
         self._size, self._place, self._wakes, self._woken_by = size, 0, wakes, woken_by
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory, start + HEAD))
         # while there is a view of it, the memory stays where it is
@@ -90,11 +90,12 @@ class _End:
 
     def _tell(self, count: int) -> None:
         """Count up, and wake the other process if it sleeps."""
+        head, sleeps = self._head, self._theirs + 1
         self._fence()
-        self._head[self._mine] = count
+        head[self._mine] = count
         self._fence()
-        if self._head[self._theirs + 1]:
-            self._head[self._theirs + 1] = 0
+        if head[sleeps]:
+            head[sleeps] = 0
             os.eventfd_write(self._wakes, 1)
 
     def _wait(self, seen: int) -> int:
@@ -125,13 +126,13 @@ class _End:
         for tensor in tensors:
             address, left = tensor.data_ptr(), tensor.nbytes
             while left:
-                count = min(left, self._size - at)
-                there = self._address + at
+                there, room = self._address + at, self._size - at
+                count = min(left, room)
                 if read:
                     ctypes.memmove(address, there, count)
                 else:
                     ctypes.memmove(there, address, count)
-                address, left, at = address + count, left - count, (at + count) % self._size
+                address, left, at = address + count, left - count, at + count if count < room else 0
 
 
 class Sender(_End):
@@ -154,14 +155,15 @@ class Sender(_End):
             ConnectionError, TimeoutError: tens of thousands of messages wait, and the other process reads none.
         """
         size = sum([tensor.nbytes for tensor in tensors])
-        fits = self._has_room(WORD + _words(size) + self._size // MARKS)
+        words = _words(size)
+        fits = self._has_room(WORD + words + self._marks)
         while not fits and not self._has_room(WORD):
             self._free_up_to = self._wait(self._free_up_to)
         self._numbers[self._place % self._size // WORD] = size if fits else ELSEWHERE
         self._place += WORD
         if fits:
             self._copy(tensors, read=False)
-            self._place += _words(size)
+            self._place += words
         self._messages += 1
         self._tell(self._messages)
         return fits

@@ -86,6 +86,14 @@ class Stage:
             network: _chain(layers, names[network], compile_options, self._begin_layer)
             for network, layers in self._layers.items()
         }
+        self._runs: dict[Network, Callable[[Any], Any]] = {
+            "student": self._checkpoint if recompute else partial(self._pass, "student"),
+            "teacher": partial(self._pass, "teacher"),
+        }
+        self._seeds_itself = {
+            network: bool(layers) and compile_options is None and not isinstance(layers[0], Segment)
+            for network, layers in self._layers.items()
+        }
 
     def close(self) -> None:
         """Give the layers back as they were."""
@@ -104,10 +112,10 @@ class Stage:
             output = call_all(layers[1:], layers[0](*inputs.args, **inputs.kwargs))  # outside of work, not seeded
         return output.value if isinstance(output, Tapped) else output
 
-    @torch.no_grad()
     def teacher_forward(self, work: Work, views: list[Any]) -> list[Any]:
         """Run the teacher on one microbatch of each view; nothing is kept for a backward."""
-        return self._forward("teacher", work, views)
+        with torch.no_grad():
+            return self._forward("teacher", work, views)
 
     def student_forward(self, work: Work, views: list[Any]) -> list[Any]:
         """Run the student on one microbatch of each view and keep what `backward` needs.
@@ -188,9 +196,8 @@ class Stage:
 
     def _forward(self, network: Network, work: Work, views: list[Any]) -> list[Any]:
         outputs: list[Any] = []
-        self._seed_for(network, work)
-        norms = self.norms[network]
-        run = self._checkpoint if self._recompute and network == "student" else partial(self._pass, network)
+        self._seed_for(network, work, again=self._seeds_itself[network])
+        norms, run = self.norms[network], self._runs[network]
         for view, inputs in enumerate(views):
             norms.slot = work[0], view
             output = run(inputs)
@@ -251,12 +258,18 @@ class Stage:
                 "every batch."
             )
 
-    def _seed_for(self, network: Network, work: Work) -> None:
-        """Random numbers of their own for this work, so that neither order nor lookahead nor recomputation shows."""
+    def _seed_for(self, network: Network, work: Work, again: bool = False) -> None:
+        """Random numbers of their own for this work, so that neither order nor lookahead nor recomputation shows.
+
+        Args:
+            network, work: what begins.
+            again: whether the first layer seeds the generator again before anything draws (`_begin_layer`).
+        """
         if self._outside is None:
             self._outside = self._generator.get_state()
         self._current = (self._seed, 0 if network == "student" else 1, *work)
-        self._generator.manual_seed(hash((*self._current, self._index)) & (2**62 - 1))
+        if not again:
+            self._generator.manual_seed(hash((*self._current, self._index)) & (2**62 - 1))
 
     def _begin_layer(self, name: str) -> None:
         """Each layer has its own random numbers within a work, so that they do not depend on where the cuts are."""

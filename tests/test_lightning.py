@@ -51,6 +51,7 @@ PARAMETERS = {
     "_SubprocessScriptLauncher": ("cluster_environment", "num_processes", "num_nodes"),
     "_call_lightning_module_hook": ("trainer", "hook_name"),
     "_IndexBatchSamplerWrapper": ("batch_sampler",),
+    "_engine_run_backward": ("t_outputs",),
     "_get_total_norm": ("tensors", "norm_type", "error_if_nonfinite", "foreach"),
     "_request_dataloader": ("data_source",),
     "_select_data_fetcher": ("trainer", "stage"),
