@@ -88,3 +88,13 @@ def _has_formula(node: Any, left: Any) -> bool:
     sizes, strides = node._saved_mat2_sym_sizes, node._saved_mat2_sym_strides
     by_columns = strides[0] == 1 and strides[1] == sizes[0]
     return bool(by_columns) and not _is_packed(left) and left.unpack().layout is torch.strided
+
+
+def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """`torch.autograd.backward` of tensors with gradients of their shapes and types.
+
+    It looks at each pair for what may be wrong with it, which takes as long as the backward of a small layer.
+    """
+    torch.autograd.graph._engine_run_backward(
+        tuple(outputs), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import struct
 from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, cast
@@ -18,6 +19,7 @@ from lightning_tspipe.data import Shapes, shapes_of
 from lightning_tspipe.edge import Edge, Receiver, Sender
 
 HEADER_BYTES = 2048
+HEADER = f"q{HEADER_BYTES - 8}s"  # bytes of an object, and as many of them as fit
 POSTED = 2  # receives that each channel may always have posted at once
 POSTED_BYTES = 16 * 2**20  # more of them only while they take less memory than this
 # teacher, student, gradients, loss and logged values, sums on their way up and down, targets
@@ -70,14 +72,13 @@ class Links:
 
     def keep(self, work: dist.Work, buffer: Tensor, peer: int) -> None:
         """Keep the send of a line until it is certain to have been received."""
-        self.count("line", [buffer])
+        self.count("line", 1, buffer.nbytes)
         self._kept.append((work, buffer, peer))
 
-    def count(self, kind: str, buffers: Sequence[Tensor]) -> None:
-        """Note what is sent."""
-        self.messages[kind] += len(buffers)
-        for buffer in buffers:
-            self.sent += buffer.nbytes
+    def count(self, kind: str, tensors: int, size: int) -> None:
+        """Note what is sent: how many tensors, and their bytes together."""
+        self.messages[kind] += tensors
+        self.sent += size
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An empty tensor to receive into."""
@@ -106,14 +107,12 @@ class Line:
     def send(self, message: object) -> None:
         """Send without waiting."""
         payload = tree.pickled(message)
-        head = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-        head[:8] = torch.tensor([len(payload)]).view(torch.uint8)
         inline = payload[: HEADER_BYTES - 8]
-        head[8 : 8 + len(inline)] = torch.frombuffer(bytearray(inline), dtype=torch.uint8)
+        head = torch.frombuffer(bytearray(struct.pack(HEADER, len(payload), inline)), dtype=torch.uint8)
         if self._near is None or not self._links.exchange(self._near, [head], self._peer):
             self._links.keep(self._isend(head), head, self._peer)
         else:
-            self._links.count("line", [head])
+            self._links.count("line", 1, HEADER_BYTES)
         if rest := payload[HEADER_BYTES - 8 :]:
             tail = torch.frombuffer(bytearray(rest), dtype=torch.uint8)
             self._links.keep(self._isend(tail), tail, self._peer)
@@ -127,14 +126,12 @@ class Line:
 
     def take(self) -> Any:
         """Wait for the next message, posting its receive if `post` did not."""
-        head = self._head()
-        size = int(head[:8].view(torch.int64)[0])
-        payload = head[8 : 8 + size]
+        size, payload = struct.unpack(HEADER, self._head().numpy().tobytes())
         if size > HEADER_BYTES - 8:
             tail = torch.empty(size - (HEADER_BYTES - 8), dtype=torch.uint8)
             self._links.wait(self._irecv(tail), self._peer)
-            payload = torch.cat([payload, tail])
-        return pickle.loads(payload.numpy().tobytes())
+            payload += tail.numpy().tobytes()
+        return pickle.loads(payload)  # what follows the object is not looked at
 
     def _head(self) -> Tensor:
         if self._near is None and not self._posted:
@@ -159,16 +156,13 @@ class Line:
 class _Known(NamedTuple):
     structure: tree.Structure
     shapes: Shapes
-    near: bool  # whether such messages go through shared memory
+    size: int  # bytes
+    like: tuple[Tensor, ...] | None  # the same shapes, if such messages go through shared memory
 
 
-class _Receive:
-    __slots__ = ("buffers", "key", "works")
-
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
-        self.buffers: list[Tensor] = []
-        self.works: list[dist.Work] | None = None
+class _Receive(NamedTuple):
+    buffers: list[Tensor]
+    works: list[dist.Work]
 
 
 class Channel:
@@ -191,10 +185,10 @@ class Channel:
         self._place = links.place(group, peer)
         self._line = Line(links, kind, peer)
         self._known: dict[Hashable, _Known] = {}
-        self._receives: deque[_Receive] = deque()
-        self._waiting: deque[_Receive] = deque()  # those of `_receives` that are not posted yet
+        self._posted: deque[_Receive] = deque()  # by the group
+        self._waiting: deque[Hashable] = deque()  # keys of what comes after these and is not posted yet
         self._posted_bytes = 0
-        self._sent: deque[tuple[list[dist.Work], list[Tensor]]] = deque()
+        self._sent: deque[tuple[Sequence[dist.Work], Sequence[Tensor]]] = deque()
         self._old = 0
 
     def know(self, key: Hashable, structure: tree.Structure, shapes: Shapes) -> None:
@@ -202,7 +196,9 @@ class Channel:
         if key in self._known:
             return
         size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
-        self._known[key] = _Known(structure, shapes, self._near is not None and size <= self._near.limit)
+        near = self._near is not None and size <= self._near.limit
+        like = tuple(self._links.buffer(*shape) for shape in shapes) if near else None
+        self._known[key] = _Known(structure, shapes, size, like)
         self._flush()
 
     def knows(self, key: Hashable) -> bool:
@@ -212,49 +208,57 @@ class Channel:
     def send(self, key: Hashable, value: Any) -> None:
         """Send without waiting; the tensors must not be changed until `retire`."""
         leaves, structure = tree.flatten(value)
-        shapes = shapes_of(leaves)
-        if key not in self._known:
+        if (known := self._known.get(key)) is None:
+            shapes = shapes_of(leaves)
             self.know(key, structure, shapes)
             self._line.send((structure, shapes))
-        known = self._known[key]
-        if known.structure != structure or known.shapes != shapes:
+            known = self._known[key]
+        # a loop over shapes costs less than a comparison of tuples that are made for it, and it runs per message
+        same = len(leaves) == len(known.shapes) and known.structure == structure
+        for leaf, (shape, dtype) in zip(leaves, known.shapes, strict=False):
+            same = same and leaf.dtype is dtype and leaf.shape == shape
+        if not same:
             raise ValueError(
                 f"A network changed the shape of its output ({self._kind}) between batches of equal inputs: first "
-                f"{known[:2]}, now {(structure, shapes)}. Outputs must have the same shapes for the same input shapes."
+                f"{known[:2]}, now {(structure, shapes_of(leaves))}. Outputs must have the same shapes for the same "
+                "input shapes."
             )
-        buffers = [self._links.to_wire(leaf) for leaf in leaves]
-        self._links.count(self._kind, buffers)
-        if known.near and self._links.exchange(self._near, buffers, self._peer):
-            self._sent.append(([], []))  # they were copied
+        buffers = list(map(self._links.to_wire, leaves))
+        self._links.count(self._kind, len(buffers), known.size)
+        if known.like is not None and self._links.exchange(self._near, buffers, self._peer):
+            self._sent.append(((), ()))  # they were copied
         else:
-            self._sent.append((self._start(self._group.send, buffers, known.near), buffers))
+            self._sent.append((self._start(self._group.send, buffers, known.like is not None), buffers))
 
     def post(self, key: Hashable) -> None:
-        """Post the receive of the next message.
+        """Post the receive of the next message; one through shared memory needs none.
 
         It is put off while its shapes are not known yet, or while many bytes wait already.
         """
-        receive = _Receive(key)
-        self._receives.append(receive)
-        self._waiting.append(receive)
-        self._flush()
+        known = self._known.get(key)
+        if known is None or known.like is None:
+            self._waiting.append(key)
+            self._flush()
 
-    def take(self) -> Any:
-        """Wait for the oldest posted message."""
-        receive = self._receives[0]
-        if receive.works is None:
-            self.know(receive.key, *self._line.take())
-        assert receive.works is not None
-        known = self._known[receive.key]
-        if known.near:
-            receive.buffers = self._buffers(known)
-            if not self._links.exchange(self._near, receive.buffers, self._peer):
-                receive.works = self._start(self._group.recv, receive.buffers, overflow=True)
+    def take(self, key: Hashable) -> Any:
+        """Wait for the next message, whose receive `post` was asked for."""
+        if (known := self._known.get(key)) is None:
+            self.know(key, *self._line.take())
+            known = self._known[key]
+        if known.like is None:
+            return self._take_posted(known)
+        buffers = [torch.empty_like(each) for each in known.like]
+        if not self._links.exchange(self._near, buffers, self._peer):
+            for work in self._start(self._group.recv, buffers, overflow=True):
+                self._links.wait(work, self._peer)
+        return tree.unflatten(buffers, known.structure)
+
+    def _take_posted(self, known: _Known) -> Any:
+        receive = self._posted[0]
         for work in receive.works:
             self._links.wait(work, self._peer)
-        self._receives.popleft()
-        if not known.near:
-            self._posted_bytes -= sum(buffer.nbytes for buffer in receive.buffers)
+        self._posted.popleft()
+        self._posted_bytes -= known.size
         self._flush()
         return tree.unflatten([self._links.from_wire(buffer) for buffer in receive.buffers], known.structure)
 
@@ -271,17 +275,15 @@ class Channel:
         self._old = len(self._sent)
 
     def _flush(self) -> None:
-        while self._waiting and (known := self._known.get((receive := self._waiting[0]).key)) is not None:
-            if not known.near:
-                if len(self._receives) - len(self._waiting) >= POSTED and self._posted_bytes > POSTED_BYTES:
+        """Post what can be; what turns out to come through shared memory need not wait here."""
+        while self._waiting and (known := self._known.get(self._waiting[0])) is not None:
+            if known.like is None:
+                if len(self._posted) >= POSTED and self._posted_bytes > POSTED_BYTES:
                     return
-                receive.buffers = self._buffers(known)
-                self._posted_bytes += sum(buffer.nbytes for buffer in receive.buffers)
+                buffers = [self._links.buffer(*shape) for shape in known.shapes]
+                self._posted_bytes += known.size
+                self._posted.append(_Receive(buffers, self._start(self._group.recv, buffers)))
             self._waiting.popleft()
-            receive.works = self._start(self._group.recv, receive.buffers)
-
-    def _buffers(self, known: _Known) -> list[Tensor]:
-        return [self._links.buffer(*shape) for shape in known.shapes]
 
     def _start(self, call: Any, buffers: list[Tensor], overflow: bool = False) -> list[dist.Work]:
         """Start to send or receive by the group; what has found no room elsewhere has an order of its own."""

@@ -180,11 +180,11 @@ class Comm(Links):
                     channel.know(key, tree.flatten(own)[1], shapes_of(own))
         if (below := self.inward.get("U")) is not None:
             below.post(key)
-            vector = vector + below.take()[0]
+            vector = vector + below.take(key)[0]
         if (above := self.inward.get("D")) is not None:
             self.outward["U"].send(key, [vector])
             above.post(key)
-            (vector,) = above.take()
+            (vector,) = above.take(key)
         if (below_out := self.outward.get("D")) is not None:
             below_out.send(key, [vector])
         return vector.clone()  # what is under way must not be changed

@@ -107,7 +107,7 @@ class Batch:
     student: list[list[Any]] = field(default_factory=list)
     teacher: list[list[Any]] = field(default_factory=list)
     target: Any = None
-    keys: dict[tuple[Network, int], int] = field(default_factory=dict)  # `BatchInfo.key` in short, by (network, rows)
+    keys: dict[Network, list[int]] = field(default_factory=dict)  # `BatchInfo.key` in short, of each microbatch
 
 
 def make_batch(

@@ -6,9 +6,11 @@ does not matter. Each kind of message has a ring of bytes in it::
     ring   | .... | size | bytes of the tensors ... | size | bytes ... | -1 | .............. |
                   ^ read up to here by one process                         ^ written by the other
 
-Two counters of the kernel (eventfd) wake the processes: one counts messages, the other the bytes that are free again.
-Neither process spins. A message that finds no room leaves a -1 in its place and comes by way of gloo, so no send waits.
-The file and the counters are handed over through a socket that stays open: the end of a process closes it.
+Before the ring, one process counts its messages and the other the bytes that it has read, so a message that is there
+already is taken without a call of the kernel. Neither process spins: one that has to wait says so there and sleeps, and
+only then the other one wakes it, by a counter of the kernel (eventfd). A message that finds no room leaves a -1 in its
+place and comes by way of gloo, so no send waits. The file and the counters are handed over through a socket that stays
+open: the end of a process closes it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import secrets
 import select
 import socket
 import struct
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import ParamSpec, TypeVar
@@ -32,6 +36,9 @@ MARKS = 8  # this part of a ring is left for the marks of messages that find no 
 ELSEWHERE = -1
 WORD = 8  # everything begins at a multiple of it
 CONNECT_S = 30.0
+WRITER, READER = 0, 8  # words of a ring's head, each process's on a line of the cache of its own
+HEAD = 2 * READER * WORD
+LOOK_S = 1.0  # who sleeps looks for himself that often, though he should be woken
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,38 +54,71 @@ class _End:
 
     Args:
         memory: of all rings.
-        start, size: where this one is.
-        woken_by: counts what the other process did.
-        wakes: counts what this one does.
+        start, size: where this one is, behind its `HEAD`.
+        woken_by: wakes this process.
+        wakes: wakes the other one.
         other: a socket to the other process.
         timeout: in seconds, how long one message may take.
     """
 
+    _mine, _theirs = 0, 0  # where in the head each process counts; next to that is whether it sleeps
+
     def __init__(
         self, memory: mmap.mmap, start: int, size: int, woken_by: int, wakes: int, other: socket.socket, timeout: float
     ) -> None:
-        self.limit = size // PART
+        self.limit, self._marks = size // PART, size // MARKS
         self._size, self._place, self._wakes, self._woken_by = size, 0, wakes, woken_by
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory, start))
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory, start + HEAD))
         # while there is a view of it, the memory stays where it is
-        self._numbers = memoryview(memory)[start : start + size].cast("q")
+        self._head = memoryview(memory)[start : start + HEAD].cast("q")
+        self._numbers = memoryview(memory)[start + HEAD : start + HEAD + size].cast("q")
         self._timeout = timeout
         self._poll = select.poll()
         self._poll.register(woken_by, select.POLLIN)
         self._poll.register(other, select.POLLRDHUP)
+        self._lock = threading.Lock()
+        self._lock.acquire()
 
     def exchange(self, tensors: Sequence[Tensor]) -> bool:
         """Write or read one message; False if it goes by another way."""
         raise NotImplementedError
 
-    def _wait(self) -> int:
-        """Wait until the other process has counted something up, and take that."""
-        if not self._poll.poll(min(self._timeout * 1e3, 2**31 - 1)):
-            raise TimeoutError(f"Timed out waiting {self._timeout:g} s for a message")
-        try:
-            return os.eventfd_read(self._woken_by)
-        except BlockingIOError:  # all that has happened is that the other one closed its socket
-            raise ConnectionError("Connection closed by peer") from None
+    def _fence(self) -> None:
+        """Let every write so far be seen before what follows reads or writes: a lock that is given back does that."""
+        self._lock.release()
+        self._lock.acquire()
+
+    def _tell(self, count: int) -> None:
+        """Count up, and wake the other process if it sleeps."""
+        head, sleeps = self._head, self._theirs + 1
+        self._fence()
+        head[self._mine] = count
+        self._fence()
+        if head[sleeps]:
+            head[sleeps] = 0
+            os.eventfd_write(self._wakes, 1)
+
+    def _wait(self, seen: int) -> int:
+        """Sleep until the other process has counted further than this, and give its count.
+
+        It looks once more when it has said that it sleeps: either it sees the new count, or the other one sees that.
+        """
+        deadline = time.monotonic() + self._timeout
+        while True:
+            self._head[self._mine + 1] = 1
+            self._fence()
+            if self._head[self._theirs] != seen:
+                break
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError(f"Timed out waiting {self._timeout:g} s for a message")
+            if self._poll.poll(min(left, LOOK_S) * 1e3):
+                try:
+                    os.eventfd_read(self._woken_by)
+                except BlockingIOError:  # all that has happened is that the other one closed its socket
+                    if self._head[self._theirs] == seen:
+                        raise ConnectionError("Connection closed by peer") from None
+        self._head[self._mine + 1] = 0
+        return self._head[self._theirs]
 
     def _copy(self, tensors: Sequence[Tensor], read: bool) -> None:
         """Copy tensors to where the ring is, or back, one after the other, and around its end."""
@@ -86,15 +126,20 @@ class _End:
         for tensor in tensors:
             address, left = tensor.data_ptr(), tensor.nbytes
             while left:
-                count = min(left, self._size - at)
-                there = self._address + at
-                ctypes.memmove(*((address, there) if read else (there, address)), count)
-                address, left, at = address + count, left - count, (at + count) % self._size
+                there, room = self._address + at, self._size - at
+                count = min(left, room)
+                if read:
+                    ctypes.memmove(address, there, count)
+                else:
+                    ctypes.memmove(there, address, count)
+                address, left, at = address + count, left - count, at + count if count < room else 0
 
 
 class Sender(_End):
     """The end that writes."""
 
+    _mine, _theirs = WRITER, READER
+    _messages = 0
     _free_up_to = 0
 
     def exchange(self, tensors: Sequence[Tensor]) -> bool:
@@ -110,33 +155,35 @@ class Sender(_End):
             ConnectionError, TimeoutError: tens of thousands of messages wait, and the other process reads none.
         """
         size = sum([tensor.nbytes for tensor in tensors])
-        fits = self._has_room(WORD + _words(size) + self._size // MARKS)
+        words = _words(size)
+        fits = self._has_room(WORD + words + self._marks)
         while not fits and not self._has_room(WORD):
-            self._free_up_to += self._wait()
+            self._free_up_to = self._wait(self._free_up_to)
         self._numbers[self._place % self._size // WORD] = size if fits else ELSEWHERE
         self._place += WORD
         if fits:
             self._copy(tensors, read=False)
-            self._place += _words(size)
-        os.eventfd_write(self._wakes, 1)
+            self._place += words
+        self._messages += 1
+        self._tell(self._messages)
         return fits
 
     def _has_room(self, size: int) -> bool:
         """Whether so many bytes are free, asking what was read since only if they are not known to be."""
         if self._place + size <= self._size + self._free_up_to:
             return True
-        try:
-            self._free_up_to += os.eventfd_read(self._woken_by)
-        except BlockingIOError:
-            return False
+        self._free_up_to = self._head[self._theirs]
+        self._fence()
         return self._place + size <= self._size + self._free_up_to
 
 
 class Receiver(_End):
     """The end that reads."""
 
+    _mine, _theirs = READER, WRITER
     _ready = 0
-    _freed = 0
+    _taken = 0
+    _told = 0
 
     def exchange(self, tensors: Sequence[Tensor]) -> bool:
         """Wait for the next message.
@@ -151,20 +198,21 @@ class Receiver(_End):
             ConnectionError: the other process has ended, or has let go, and there is no message left.
             TimeoutError: none came in time.
         """
-        if not self._ready:
-            self._ready = self._wait()
-        self._ready -= 1
-        begin = self._place
-        size = self._numbers[begin % self._size // WORD]
+        if self._taken == self._ready:
+            self._ready = self._head[self._theirs]
+            if self._taken == self._ready:
+                self._ready = self._wait(self._taken)
+            self._fence()
+        self._taken += 1
+        size = self._numbers[self._place % self._size // WORD]
         self._place += WORD
         if size != ELSEWHERE:
             assert size == sum([tensor.nbytes for tensor in tensors]), "the ends of an edge disagree about a message"
             self._copy(tensors, read=True)
             self._place += _words(size)
-        self._freed += self._place - begin
-        if self._freed >= self._size // 8:  # seldom, since each is a call of the kernel
-            os.eventfd_write(self._wakes, self._freed)
-            self._freed = 0
+        if self._place - self._told >= self._size // 8:  # seldom, since it takes a line of the cache from the other one
+            self._tell(self._place)
+            self._told = self._place
         return size != ELSEWHERE
 
 
@@ -177,7 +225,7 @@ class Edge:
     Args:
         other: a socket to it.
         memory: descriptor of the file.
-        counters: two descriptors per ring, of messages and of bytes read; they are closed with this.
+        counters: two descriptors per ring, to wake the reader and the writer; they are closed with this.
         rings: what this end is of each ring, and its bytes.
         timeout: in seconds, how long one message may take.
     """
@@ -191,7 +239,7 @@ class Edge:
         for (kind, (end, size)), written, read in zip(rings.items(), counters[::2], counters[1::2], strict=True):
             woken_by, wakes = (read, written) if end is Sender else (written, read)
             self.ends[kind] = end(mapped, start, size, woken_by, wakes, other, timeout)
-            start += size
+            start += HEAD + size
 
     def close(self) -> None:
         """Let go; the other process is woken if it waits, even while a child of this one still has the socket."""
@@ -251,7 +299,7 @@ def connect(
 
 
 def _total(rings: Rings) -> int:
-    return sum(size for _, size in rings.values())
+    return sum(HEAD + size for _, size in rings.values())
 
 
 def _attempt(step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | str:

@@ -103,7 +103,7 @@ class LossRelay:
         entries, asked, reached = self._comm.lines_in["relay"].take()
         size, channel = self._know(entries, self._comm.inward["L"])
         channel.post(size)
-        (vector,) = channel.take()
+        (vector,) = channel.take(size)
         return LossReport.of_vector(entries, vector), asked, reached
 
     def pass_on(self, report: LossReport, asked: int, reached: bytes) -> None:

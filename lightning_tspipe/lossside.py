@@ -63,8 +63,7 @@ class LossSide:
         if not self._last:
             assert self._relay is not None
             self._relay.post()
-        structure, shapes = batch.info.target
-        key = (structure, shapes)
+        structure, shapes = key = batch.info.target
         if self._place == 0 and shapes:
             self._comm.outward["Y"].know(key, structure, shapes)
             self._comm.outward["Y"].send(key, batch.target)
@@ -153,11 +152,11 @@ class LossSide:
 
     def _target(self, batch: Batch) -> Any:
         """The whole batch's target, which comes from the first rank."""
-        structure, shapes = batch.info.target
+        structure, shapes = key = batch.info.target
         if self._comm is not None and not shapes:
             return tree.unflatten([], structure)
         if self._comm is not None and not self._reports:
-            batch.target = self._comm.inward["Y"].take()
+            batch.target = self._comm.inward["Y"].take(key)
         return batch.target
 
     def _pass_on(self, batch: Batch, q: int, reached: Sequence[bool]) -> None:

@@ -225,9 +225,9 @@ class Meter:
             start = self._now()
             if comm.stage == 0:
                 sends.send(key, value)
-                takes.take()
+                takes.take(key)
             else:
-                sends.send(key, takes.take())
+                sends.send(key, takes.take(key))
             best = min(best, self._now() - start)
             sends.retire(1)
         return best / 2

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from lightning_tspipe import tree
 from lightning_tspipe.beside import Beside
+from lightning_tspipe.channel import Channel
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, shapes_of
 from lightning_tspipe.hooks import StepHooks
@@ -31,7 +32,15 @@ from lightning_tspipe.topology import Topology
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Batch, int], None]
-NOTHING = nullcontext()
+
+
+class _Bound(NamedTuple):
+    """An op and what does it."""
+
+    run: Handler
+    microbatch: int
+    ahead: bool
+    action: Action
 
 
 class Runtime:
@@ -77,9 +86,10 @@ class Runtime:
         self._out: Any = None
         self._gradients_done = 0
         self._keys: dict[Hashable, int] = {}  # short names of messages' shapes
+        self._forms: dict[Hashable, dict[Network, list[int]]] = {}  # those of a batch's messages, by its shapes
         self._next: Batch | None = None
         self._pending: Batch | None = None  # its teacher work has begun somewhere in the pipeline
-        self._programs: dict[tuple[int, int, int], tuple[Op, ...]] = {}
+        self._programs: dict[tuple[int, int, int, bool], tuple[_Bound, ...]] = {}
         self.current: Schedule | None = None  # of the last step
         self.spent: dict[str, float] = dict.fromkeys("TFBIW", 0.0)  # seconds per kind of action, waits left out
         self.ran: Counter[str] = Counter()  # actions per kind
@@ -90,8 +100,14 @@ class Runtime:
             ("run", "I"): self._backward_inputs,
             ("run", "W"): self._backward_weights,
         }
+        networks: dict[str, Network] = {"T": "teacher", "F": "student", "B": "student"}
         for kind, edge in zip("TFBI", "TFBB", strict=True):
-            self._table["recv", kind], self._table["send", kind] = partial(self._post, edge), partial(self._send, edge)
+            inward, outward = (comm.inward.get(edge), comm.outward.get(edge)) if comm is not None else (None, None)
+            if inward is not None:
+                self._table["recv", kind] = partial(self._post, inward, networks[edge])
+            if outward is not None:
+                send = self._send_gradients if edge == "B" else self._send
+                self._table["send", kind] = partial(send, outward, networks[edge])
 
     @property
     def microbatches(self) -> int:
@@ -154,26 +170,21 @@ class Runtime:
         if self._beside is not None:
             self._beside.next_step()
         self._loss.begin(batch, hooks)
+        self._name(batch)
         asked = False
-        for op in self._program(self.current, self._done.pop(batch.info.index, 0)):
-            action, target = op.action, batch
-            if action.ahead:
+        for run, q, ahead, action in self._program(self.current, self._done.pop(batch.info.index, 0)):
+            target = batch
+            if ahead:
                 if lookahead and not asked:
                     self._stage.leave()
                     self._next, asked = self._load(upcoming, batch), True
                     if self._next is not None:
                         self._versions[self._next.info.index] = next_version
-                if self._next is None or action.microbatch >= self._next.info.teacher_microbatches:
+                if self._next is None or q >= self._next.info.teacher_microbatches:
                     continue
                 target = self._next
             try:
-                with self._span(f"[TSPipe]{action}") if self._span is not None and op.verb == "run" else NOTHING:
-                    if watch is None or op.verb != "run":
-                        self._table[op.verb, action.kind](target, action.microbatch)
-                    else:
-                        watch.begin(action.kind, target.info.index, action.microbatch, action.ahead)
-                        self._table[op.verb, action.kind](target, action.microbatch)
-                        watch.end()
+                run(target, q)
             except Exception:
                 self._show(self.current, action)
                 raise
@@ -195,11 +206,13 @@ class Runtime:
 
     def _load(self, upcoming: Callable[[], Batch | None], batch: Batch) -> Batch | None:
         """The batch after this one."""
-        if self.stopwatch is None:
-            return upcoming()
-        self.stopwatch.begin(LOAD, batch.info.index + 1, ahead=True)
+        if self.stopwatch is not None:
+            self.stopwatch.begin(LOAD, batch.info.index + 1, ahead=True)
         found = upcoming()
-        self.stopwatch.end()
+        if self.stopwatch is not None:
+            self.stopwatch.end()
+        if found is not None:
+            self._name(found)
         return found
 
     def finish_ahead(self) -> None:
@@ -226,12 +239,32 @@ class Runtime:
                 channel.retire(batch.info.microbatches)
             self._comm.end_step()
 
-    def _program(self, schedule: Schedule, done: int) -> tuple[Op, ...]:
-        key = schedule.microbatches, schedule.teacher_microbatches, done
+    def _program(self, schedule: Schedule, done: int) -> tuple[_Bound, ...]:
+        """What a step does, op by op, each with what does it: put together once."""
+        watched = self.stopwatch is not None or self._span is not None
+        key = schedule.microbatches, schedule.teacher_microbatches, done, watched
         if key not in self._programs:
             order, post_ahead = step_order(schedule.ranks[self._place], done), self.planner.post_ahead
-            self._programs[key] = lower(order, self._place, self._topology.stages, post_ahead=post_ahead)
+            ops = lower(order, self._place, self._topology.stages, post_ahead=post_ahead)
+            self._programs[key] = tuple(self._bind(op, watched) for op in ops)
         return self._programs[key]
+
+    def _bind(self, op: Op, watched: bool) -> _Bound:
+        action = op.action
+        run = self._table[op.verb, action.kind]
+        if watched and op.verb == "run":
+            run = partial(self._watch, run, action)
+        return _Bound(run, action.microbatch, action.ahead, action)
+
+    def _watch(self, run: Handler, action: Action, batch: Batch, q: int) -> None:
+        """Run an action for those who look on."""
+        with nullcontext() if self._span is None else self._span(f"[TSPipe]{action}"):
+            if self.stopwatch is None:
+                run(batch, q)
+            else:
+                self.stopwatch.begin(action.kind, batch.info.index, q, action.ahead)
+                run(batch, q)
+                self.stopwatch.end()
 
     def _show(self, schedule: Schedule, action: Action) -> None:
         row = schedule.ranks[self._place]
@@ -241,30 +274,37 @@ class Runtime:
 
     # --- messages
 
-    def _post(self, kind: str, batch: Batch, q: int) -> None:
-        assert self._comm is not None
-        self._comm.inward[kind].post(self._key(kind, batch, q))
+    def _post(self, channel: Channel, network: Network, batch: Batch, q: int) -> None:
+        channel.post(batch.keys[network][q])
 
-    def _send(self, kind: str, batch: Batch, q: int) -> None:
-        assert self._comm is not None
+    def _send(self, channel: Channel, network: Network, batch: Batch, q: int) -> None:
         value, self._out = self._out, None
-        channel, key = self._comm.outward[kind], self._key(kind, batch, q)
-        if kind == "B" and not channel.knows(key):
-            channel.know(key, tree.flatten(value)[1], shapes_of(value))
-        channel.send(key, value)
+        channel.send(batch.keys[network][q], value)
 
-    def _key(self, kind: str, batch: Batch, q: int) -> int:
-        """Equal for messages of equal shapes; a gradient has the key of the activation that it belongs to."""
-        network: Network = "teacher" if kind == "T" else "student"
-        name = (network, batch.info.rows(network, q))
-        if name not in batch.keys:
-            batch.keys[name] = self._keys.setdefault(batch.info.key(network, q), len(self._keys))
-        return batch.keys[name]
+    def _send_gradients(self, channel: Channel, network: Network, batch: Batch, q: int) -> None:
+        if not channel.knows(key := batch.keys[network][q]):
+            channel.know(key, tree.flatten(self._out)[1], shapes_of(self._out))
+        self._send(channel, network, batch, q)
+
+    def _name(self, batch: Batch) -> None:
+        """Give a batch's messages their keys.
+
+        They are equal for messages of equal shapes; a gradient has that of the activation that it belongs to.
+        """
+        info = batch.info
+        form = info.sizes, info.teacher_sizes, info.student, info.teacher
+        if form not in self._forms:
+            counts: dict[Network, int] = {"teacher": info.teacher_microbatches, "student": info.microbatches}
+            self._forms[form] = {
+                network: [self._keys.setdefault(info.key(network, q), len(self._keys)) for q in range(count)]
+                for network, count in counts.items()
+            }
+        batch.keys = self._forms[form]
 
     # --- work
 
     def _teacher_forward(self, batch: Batch, q: int) -> None:
-        views = batch.teacher[q] if self._place == 0 else self._take("T")
+        views = batch.teacher[q] if self._place == 0 else self._take("T", batch.keys["teacher"][q])
         start = time.perf_counter()
         index = batch.info.index
         if self._teacher is not None and index in self._versions:
@@ -283,7 +323,7 @@ class Runtime:
         self._note("T", start)
 
     def _student_forward(self, batch: Batch, q: int) -> None:
-        views = batch.student[q] if self._place == 0 else self._take("F")
+        views = batch.student[q] if self._place == 0 else self._take("F", batch.keys["student"][q])
         start = time.perf_counter()
         outputs = self._stage.student_forward((batch.info.index, q), views)
         if self._last:
@@ -291,7 +331,7 @@ class Runtime:
         else:
             self._out = outputs
             assert self._comm is not None
-            gradients, key = self._comm.inward["B"], self._key("B", batch, q)
+            gradients, key = self._comm.inward["B"], batch.keys["student"][q]
             if not gradients.knows(key):
                 leaves = differentiable(tree.flatten(outputs)[0])
                 gradients.know(key, tree.flatten(leaves)[1], shapes_of(leaves))
@@ -328,7 +368,7 @@ class Runtime:
             gradients = self._loss.gradients(batch, q)
         else:
             self._loss.take_report(batch, q)
-            gradients = self._take("B")
+            gradients = self._take("B", batch.keys["student"][q])
             start = time.perf_counter()
         self._out = run(work, gradients)
         self._note(kind, start)
@@ -337,9 +377,9 @@ class Runtime:
         self.spent[kind] += time.perf_counter() - start
         self.ran[kind] += 1
 
-    def _take(self, kind: str) -> Any:
+    def _take(self, kind: str, key: int) -> Any:
         assert self._comm is not None
-        value = self._comm.inward[kind].take()
+        value = self._comm.inward[kind].take(key)
         if self.stopwatch is not None:
             self.stopwatch.arrived()
         return value

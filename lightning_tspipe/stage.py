@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_tspipe import split, tree
+from lightning_tspipe._nodes import backward
 from lightning_tspipe.arguments import Call
 from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint, too_few_values
 from lightning_tspipe.layers import Entry, Layer
@@ -25,10 +26,10 @@ from lightning_tspipe.trace import Carried, Segment
 
 Network = Literal["student", "teacher"]
 Work = tuple[int, int]  # batch, microbatch
+NOTHING = nullcontext()
 
 
-@dataclass(frozen=True)
-class _Saved:
+class _Saved(NamedTuple):
     inputs: list[Tensor]
     outputs: list[Tensor]
     views: list[Any] | None  # what the forward was given, if it has to run again
@@ -85,6 +86,14 @@ class Stage:
             network: _chain(layers, names[network], compile_options, self._begin_layer)
             for network, layers in self._layers.items()
         }
+        self._runs: dict[Network, Callable[[Any], Any]] = {
+            "student": self._checkpoint if recompute else partial(self._pass, "student"),
+            "teacher": partial(self._pass, "teacher"),
+        }
+        self._seeds_itself = {
+            network: bool(layers) and compile_options is None and not isinstance(layers[0], Segment)
+            for network, layers in self._layers.items()
+        }
 
     def close(self) -> None:
         """Give the layers back as they were."""
@@ -103,10 +112,10 @@ class Stage:
             output = call_all(layers[1:], layers[0](*inputs.args, **inputs.kwargs))  # outside of work, not seeded
         return output.value if isinstance(output, Tapped) else output
 
-    @torch.no_grad()
     def teacher_forward(self, work: Work, views: list[Any]) -> list[Any]:
         """Run the teacher on one microbatch of each view; nothing is kept for a backward."""
-        return self._forward("teacher", work, views)
+        with torch.no_grad():
+            return self._forward("teacher", work, views)
 
     def student_forward(self, work: Work, views: list[Any]) -> list[Any]:
         """Run the student on one microbatch of each view and keep what `backward` needs.
@@ -118,7 +127,7 @@ class Stage:
         if not self._first:
             leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
         views = tree.unflatten(leaves, structure)
-        with torch.enable_grad():
+        with NOTHING if torch.is_grad_enabled() else torch.enable_grad():
             outputs = self._forward("student", work, views)
         results, structure = tree.flatten(outputs)
         inputs = [] if self._first else differentiable(leaves)
@@ -145,7 +154,7 @@ class Stage:
         """
         saved, outputs, given = self._take(work, gradients)
         if outputs:
-            torch.autograd.backward(outputs, given)
+            backward(outputs, given)
         return _gradients(saved.inputs)
 
     def backward_inputs(self, work: Work, gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -165,8 +174,11 @@ class Stage:
         """
         saved = self._saved.pop(work)
         outputs = saved.outputs
-        pairs = [(index, given) for index, given in enumerate(gradients) if given is not None]
-        pairs = [(index, given) for index, given in pairs if outputs[index].requires_grad]
+        pairs = [
+            (index, given)
+            for index, given in enumerate(gradients)
+            if given is not None and outputs[index].requires_grad
+        ]
         if pairs:
             self._seed_for("student", work)
         if pairs and in_parts and saved.views is not None:
@@ -184,10 +196,10 @@ class Stage:
 
     def _forward(self, network: Network, work: Work, views: list[Any]) -> list[Any]:
         outputs: list[Any] = []
-        self._seed_for(network, work)
-        run = self._checkpoint if self._recompute and network == "student" else partial(self._pass, network)
+        self._seed_for(network, work, again=self._seeds_itself[network])
+        norms, run = self.norms[network], self._runs[network]
         for view, inputs in enumerate(views):
-            self.norms[network].slot = (work[0], view)
+            norms.slot = work[0], view
             output = run(inputs)
             outputs.append(output)
             self._check_structure(network, view, output)
@@ -212,7 +224,7 @@ class Stage:
 
         def run(*leaves: Tensor) -> Any:
             nonlocal again
-            with self.norms["student"].unseen() if again else nullcontext():
+            with self.norms["student"].unseen() if again else NOTHING:
                 again = True
                 return self._pass("student", tree.unflatten(leaves, structure))
 
@@ -236,7 +248,7 @@ class Stage:
     def _check_structure(self, network: Network, view: int, output: Any) -> None:
         if isinstance(output, Carried):
             return  # its constants are of our making, and depend on the shapes
-        structure = tree.LEAF if isinstance(output, Tensor) else tree.flatten(output)[1]
+        structure = tree.LEAF if type(output) is Tensor else tree.flatten(output)[1]
         if (known := self._structures.get((network, view))) is None:
             self._structures[network, view] = copy.copy(structure)
         elif known != structure:
@@ -246,23 +258,35 @@ class Stage:
                 "every batch."
             )
 
-    def _seed_for(self, network: Network, work: Work) -> None:
-        """Random numbers of their own for this work, so that neither order nor lookahead nor recomputation shows."""
+    def _seed_for(self, network: Network, work: Work, again: bool = False) -> None:
+        """Random numbers of their own for this work, so that neither order nor lookahead nor recomputation shows.
+
+        Args:
+            network, work: what begins.
+            again: whether the first layer seeds the generator again before anything draws (`_begin_layer`).
+        """
         if self._outside is None:
             self._outside = self._generator.get_state()
         self._current = (self._seed, 0 if network == "student" else 1, *work)
-        self._generator.manual_seed(hash((*self._current, self._index)) & (2**62 - 1))
+        if not again:
+            self._generator.manual_seed(hash((*self._current, self._index)) & (2**62 - 1))
 
     def _begin_layer(self, name: str) -> None:
         """Each layer has its own random numbers within a work, so that they do not depend on where the cuts are."""
         if self._outside is not None:
-            self._generator.manual_seed(hash((*self._current, zlib.crc32(name.encode()))) & (2**62 - 1))
+            self._generator.manual_seed(hash((*self._current, _number(name))) & (2**62 - 1))
 
     def leave(self) -> None:
         """Put the generator back to where it was before this stage's work; called before other code runs."""
         if self._outside is not None:
             self._generator.set_state(self._outside)
             self._outside = None
+
+
+@functools.cache
+def _number(name: str) -> int:
+    """The same in every process, as a hash of a text is not."""
+    return zlib.crc32(name.encode())
 
 
 def _chain(
@@ -283,7 +307,7 @@ def _buffers(layers: Sequence[nn.Module]) -> dict[tuple[nn.Module, str], Tensor]
 
 
 def _gradients(leaves: Sequence[Tensor]) -> list[Tensor]:
-    return [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
+    return [torch.zeros_like(leaf) if (grad := leaf.grad) is None else grad for leaf in leaves]
 
 
 def differentiable(leaves: Sequence[Tensor]) -> list[Tensor]:

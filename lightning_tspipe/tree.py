@@ -172,6 +172,8 @@ def pickled(value: object) -> bytes:
 
 def plain(tensor: Tensor) -> Tensor:
     """The same numbers, one after the other in memory: no transposition, conjugation or negation that is still due."""
+    if not tensor.requires_grad and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        return tensor
     return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 

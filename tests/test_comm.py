@@ -106,7 +106,7 @@ def test_trees_arrive_as_they_were_and_in_order(posted: int) -> None:
         for number in range(5):
             if number >= posted:
                 channel.post("tree" if number % 2 else "vector")
-            found.append(channel.take())
+            found.append(channel.take("tree" if number % 2 else "vector"))
         return [same(value, nested(number) if number % 2 else vector(number)) for number, value in enumerate(found)]
 
     def vector(number: int) -> Any:
@@ -136,7 +136,7 @@ def test_receives_wait_in_order_until_their_shapes_are_known() -> None:
         channel.post("long")
         channel.post("short")
         channel.know("long", tree.flatten(long)[1], (((3,), torch.float32),))
-        return [channel.take()[0].tolist(), channel.take()[0].tolist()]
+        return [channel.take("long")[0].tolist(), channel.take("short")[0].tolist()]
 
     assert ranks(body)[0] == [[0.0, 1.0, 2.0], [1.0]]
 
@@ -153,12 +153,12 @@ def test_posted_receives_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) ->
             return None
         channel, found, most = comm.inward["T"], [], 0
         channel.post("x")
-        found.append(int(channel.take()[0][0]))
+        found.append(int(channel.take("x")[0][0]))
         for _ in range(7):
             channel.post("x")
         for _ in range(7):
-            most = max(most, len(channel._receives) - len(channel._waiting))
-            found.append(int(channel.take()[0][0]))
+            most = max(most, len(channel._posted))
+            found.append(int(channel.take("x")[0][0]))
         return found, most
 
     found, most = ranks(body)[1]
@@ -181,7 +181,7 @@ def test_large_messages_and_full_memory_keep_the_order(monkeypatch: pytest.Monke
         channel = comm.inward["T"]
         for size in sizes:
             channel.post(size)
-        return [[leaf.tolist() for leaf in channel.take()] for _ in sizes]
+        return [[leaf.tolist() for leaf in channel.take(size)] for size in sizes]
 
     by_gloo, found = ranks(body)
     assert found == [[[number] * size, number] for number, size in enumerate(sizes)]
@@ -204,7 +204,7 @@ def test_without_shared_memory_gloo_carries_all(monkeypatch: pytest.MonkeyPatch,
         header = comm.lines_in["header"].take()
         if comm.stage == 1:
             comm.inward["T"].post("x")
-            return header, int(comm.inward["T"].take()[0])
+            return header, int(comm.inward["T"].take("x")[0])
         return header
 
     said, second, third = ranks(body, 3)
@@ -217,7 +217,7 @@ def test_another_shape_under_the_same_key_is_refused() -> None:
     def body(comm: Comm) -> Any:
         if comm.stage:
             comm.inward["F"].post("x")
-            return comm.inward["F"].take()[0].shape
+            return comm.inward["F"].take("x")[0].shape
         comm.outward["F"].send("x", [torch.zeros(2, 3)])
         with pytest.raises(ValueError, match="changed the shape of its output"):
             comm.outward["F"].send("x", [torch.zeros(2, 4)])

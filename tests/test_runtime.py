@@ -137,7 +137,9 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def noting(comm: Comm) -> None:
         inward, outward = comm.inward.values(), comm.outward.values()
         lines = [*(channel._line for channel in inward), *comm.lines_in.values()]
-        receives = sum(len(channel._receives) for channel in inward) + sum(len(line._posted) for line in lines)
+        receives = sum(len(end._posted) + len(end._waiting) for end in inward) + sum(len(end._posted) for end in lines)
+        near = [end._near for end in (*inward, *lines) if end._near is not None]
+        receives += sum(end._head[end._theirs] - end._taken for end in near)
         found.append(receives + sum(len(channel._sent) for channel in outward) + len(comm._kept))
         close(comm)
 
