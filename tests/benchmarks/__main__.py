@@ -30,7 +30,7 @@ from tests.benchmarks.ours import measure_ours  # noqa: E402
 from tests.benchmarks.overhead import NUM_STAGES, Overhead, measure_overhead  # noqa: E402
 from tests.benchmarks.pairs import PAIRS  # noqa: E402
 from tests.benchmarks.planning import Plan, measure_planning  # noqa: E402
-from tests.benchmarks.real import Contest, measure_real  # noqa: E402
+from tests.benchmarks.real import RIVAL_MICROBATCHES, Contest, measure_real  # noqa: E402
 from tests.benchmarks.results import Figures, Results  # noqa: E402
 from tests.benchmarks.rivals import measure_rival  # noqa: E402
 from tests.benchmarks.split import NETWORKS, ORDER, Split, measure_split  # noqa: E402
@@ -127,7 +127,7 @@ def overhead(full: bool) -> tuple[list[Overhead], Figures]:
 
 def real(results: Results) -> Figures:
     """Throughput and memory of real compute against DDP and other pipelines."""
-    fewest = 4 if results.full else 2  # contenders
+    fewest = 3 + len(RIVAL_MICROBATCHES) if results.full else 2  # contenders
     old = [Contest(**run) for run in results.runs("real")]
     known = {run.pair for run in old if sum(other.pair == run.pair for other in old) >= fewest}
     contests = [run for run in old if run.pair in known]

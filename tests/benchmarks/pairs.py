@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -110,10 +110,17 @@ def head(features: int, hidden: int, out: int) -> nn.Sequential:
 
 
 class Distillation(TeacherStudentModule):
-    """The student learns from the labels and from a frozen teacher."""
+    """The student learns from the labels and from a frozen teacher; its loss is a mean over samples.
 
-    def __init__(self, teacher: nn.Sequential, student: nn.Sequential) -> None:
-        super().__init__()
+    Args:
+        teacher, student: the networks.
+        loss_over: "microbatch" lets a backward begin before the last forward, which keeps less.
+    """
+
+    def __init__(
+        self, teacher: nn.Sequential, student: nn.Sequential, loss_over: Literal["batch", "microbatch"] = "batch"
+    ) -> None:
+        super().__init__(loss_over=loss_over)
         self.teacher, self.student = teacher, student
 
     @override
@@ -197,24 +204,30 @@ class Pair:
         inputs: So many samples.
         batch_size: Samples per step of the whole job.
         num_microbatches: Of a batch; too small ones make the operations themselves slower.
+        schedule: The order of the pipeline's work.
     """
 
     make: Callable[[], TeacherStudentModule]
     inputs: Callable[[int], Tensor] = images
     batch_size: int = 64
     num_microbatches: int = 2
+    schedule: str = "auto"
 
 
 PAIRS = {
     "resnet50 to resnet18": Pair(
         lambda: Distillation(flat(resnet50(num_classes=NUM_CLASSES)), flat(resnet18(num_classes=NUM_CLASSES)))
     ),
-    "ViT-S/8 to resnet18": Pair(lambda: Distillation(vit(384), flat(resnet18(num_classes=NUM_CLASSES)))),
+    "ViT-S/8 to resnet18": Pair(
+        lambda: Distillation(vit(384), flat(resnet18(num_classes=NUM_CLASSES)), "microbatch"), num_microbatches=4
+    ),
     "BYOL resnet18": Pair(
         lambda: BYOL(nn.Sequential(*flat(resnet18(), head=False), head(512, 512, 128)), 128), batch_size=32
     ),
     "MoCo-v3 ViT-Ti/8": Pair(
         lambda: MoCo(nn.Sequential(*vit(192, head=False), head(192, 512, 128)), 128), batch_size=16
     ),
-    "BERT-small (4 layers) to 3 layers": Pair(lambda: Distillation(bert(4), bert(3)), tokens, batch_size=32),
+    "BERT-small (4 layers) to 3 layers": Pair(
+        lambda: Distillation(bert(4), bert(3), "microbatch"), tokens, 32, num_microbatches=4, schedule="1f1b"
+    ),
 }

@@ -25,6 +25,7 @@ NUM_PROCESSES = 2
 NUM_STEPS = 8
 NUM_ROUNDS = 2
 LEAST_STEP_S = 0.3
+RIVAL_MICROBATCHES = 2, 4  # a microbatch of few samples is slow, and few microbatches leave bubbles
 TIMEOUT_S = 240.0
 
 
@@ -60,7 +61,8 @@ def measure_real(full: bool, known: Container[str] = ()) -> Iterator[Contest]:
         if full:
             sizes = run_forked(_sizes, 1, pair, timeout_s=TIMEOUT_S)[0]
             contenders["serial model parallelism"] = partial(_pipeline, pair, sizes, 1)
-            contenders["1F1B, teacher fused"] = partial(_pipeline, pair, sizes, PAIRS[pair].num_microbatches)
+            for count in RIVAL_MICROBATCHES:
+                contenders[f"1F1B, teacher fused, M={count}"] = partial(_pipeline, pair, sizes, count)
         rounds: dict[str, list[Fit]] = {name: [] for name in contenders}
         for _ in range(NUM_ROUNDS):
             for name, run in contenders.items():
@@ -91,7 +93,8 @@ def _fit_ddp(_: int, pair: str) -> Fit:
 
 
 def _fit_tspipe(_: int, pair: str) -> Fit:
-    strategy = TSPipeStrategy(microbatches=PAIRS[pair].num_microbatches, start_method="fork")
+    own = PAIRS[pair]
+    strategy = TSPipeStrategy(microbatches=own.num_microbatches, schedule=own.schedule, start_method="fork")
     return _fit(pair, strategy, PAIRS[pair].batch_size)
 
 
