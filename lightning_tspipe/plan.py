@@ -148,7 +148,7 @@ class Planner:
             teacher: how many of the teacher; None: M.
         """
         teacher = microbatches if teacher is None else teacher
-        found = self._found(microbatches, teacher)
+        found = self.search(microbatches, teacher)
         if (microbatches, teacher) not in self._replayed:
             self.post_ahead = self._runs_with(found.schedule)
             self._replayed.add((microbatches, teacher))
@@ -192,7 +192,8 @@ class Planner:
         shares = [self._share(count) for count in tries]
         return next(count for count, share in zip(tries, shares, strict=True) if share >= 0.99 * max(shares))
 
-    def _found(self, microbatches: int, teacher: int) -> Found:
+    def search(self, microbatches: int, teacher: int) -> Found:
+        """What `find` gives, before it is replayed."""
         if teacher == microbatches:
             return self._find(microbatches)
         return self._find(microbatches, teacher_microbatches=teacher)
@@ -200,7 +201,7 @@ class Planner:
     def _share(self, microbatches: int, teacher: int | None = None) -> float:
         """The bound over the step; 0 where no order keeps the bounds on memory."""
         try:
-            found = self._found(microbatches, microbatches if teacher is None else teacher)
+            found = self.search(microbatches, microbatches if teacher is None else teacher)
         except ValueError:
             return 0.0
         return found.bound / found.period if found.period else 1.0

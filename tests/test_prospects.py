@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from lightning_tspipe import rivals
@@ -172,6 +175,27 @@ def test_recomputation_keeps_little_and_one_microbatch_whole() -> None:
     assert lean["DDP"] == pytest.approx((1.4 + (4 * 0.01 + 0.1) * 3) * GB)
 
 
+def test_each_order_has_as_many_of_the_teachers_microbatches_as_a_run_would_have() -> None:
+    """With t = 3f and no more microbatches than stages a full backward is faster with smaller ones of the teacher."""
+    slow = pair(4, costs=Costs.uniform(4, 3 * MS, MS, MS, MS), loss_over="microbatch")
+    ours = {
+        count: {one.name: one for one in prospects(replace(slow, teacher_microbatches=count), 4, Machine()) if one.ours}
+        for count in ("auto", None, 2)
+    }
+    name = 'tspipe, schedule="1f1b"'
+    assert ours["auto"][name].teacher in (8, 16)
+    assert ours["auto"][name].seconds < 0.99 * ours[None][name].seconds
+    for count, expected in ((None, 4), (2, 2)):
+        assert {one.teacher for one in ours[count].values()} == {expected}
+    few = prospects(replace(slow, teacher_microbatches="auto", rows=4), 4, Machine())
+    assert {one.teacher for one in few if one.ours} == {4}  # there are no more rows
+    assert re.search(
+        r'^tspipe, schedule="1f1b" +\| per microbatch \| 4 ', report(slow, 4, Machine(), few), re.MULTILINE
+    )
+    with pytest.raises(ValueError, match="teacher_microbatches is 3 for 4 microbatches: give a multiple or a divisor"):
+        prospects(replace(slow, teacher_microbatches=3), 4, Machine())
+
+
 def test_what_is_not_known_is_said() -> None:
     text = said(pair(weights=(), held=()), 12, Machine())
     assert text.startswith(
@@ -190,6 +214,6 @@ def test_the_table_marks_bounds_and_what_no_loss_over_the_batch_can_have() -> No
         rows = {
             line.split(" | ")[0].strip(): [cell.strip() for cell in line.split(" | ")] for line in text.splitlines()
         }
-        assert rows["DDP"][1:] == ["any", ">= 48.00", "<= 1.000", ">= 1.00", "2.6", "NO"]
-        assert rows["1F1B, teacher fused"][1:] == ["per microbatch", "60.00", "0.800", "1.25", "0.75", "yes"]
+        assert rows["DDP"][1:] == ["any", "", ">= 48.00", "<= 1.000", ">= 1.00", "2.6", "NO"]
+        assert rows["1F1B, teacher fused"][1:] == ["per microbatch", "", "60.00", "0.800", "1.25", "0.75", "yes"]
         assert "ZBV is a greedy order" in text

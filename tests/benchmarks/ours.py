@@ -55,7 +55,7 @@ def measure_ours(problem: Problem, contender: str = "tspipe") -> Measurement:
     Args:
         problem: What to train.
         contender: ``PAPER`` trains it as Lim et al. do ("TSPipe: Learn from Teacher Faster with Pipelines", ICML 2022,
-            section 4, https://proceedings.mlr.press/v162/lim22a.html): all forwards, then all backwards, the student's
+            https://proceedings.mlr.press/v162/lim22a.html): all forwards, then all backwards, the student's
             microbatches half as large as the teacher's.
     """
     ours = problem.halved() if contender == PAPER else problem
