@@ -155,6 +155,7 @@ def show(
         weights=placement.weights,
         held=tuple(scale * each for each in placement.held),
         passed=tuple(scale * each for each in placement.passed) if placement.recompute else (),
+        pending=tuple(scale * each for each in placement.pending),
         # a teacher in train mode keeps the student's number (`Arrangement.teacher_microbatches`)
         teacher_microbatches=None if teacher == "auto" and module.teacher_mode == "train" else teacher,
         rows=round(scale * placement.rows * microbatches),

@@ -11,8 +11,7 @@ from typing import Literal
 from lightning_tspipe.orders import ORDERS, SPLIT, Found, minimal_microbatches
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.rivals import ways
-from lightning_tspipe.schedule import Costs, LossOver, check_teacher_microbatches
-from lightning_tspipe.simulate import timeline
+from lightning_tspipe.schedule import Action, Costs, LossOver, check_teacher_microbatches
 from lightning_tspipe.table import table
 
 GB = 1e9
@@ -41,6 +40,7 @@ class Pair:
         student, teacher: bytes of their parameters; 0: not known.
         weights: bytes per stage of parameters, gradients and optimizer state; empty: not known.
         held: bytes per stage that a microbatch takes between its forward and its backward; empty: not known.
+        pending: bytes per stage that it takes between the two parts of a split backward; empty: as many as `held`.
         passed: bytes per stage that it takes with recomputation, while one at a time takes `held`; empty: without it.
         teacher_microbatches: per batch; "auto": as many as `Planner.teacher_microbatches` takes; None: as the student.
         rows: of a batch, for "auto".
@@ -54,6 +54,7 @@ class Pair:
     weights: tuple[float, ...] = ()
     held: tuple[float, ...] = ()
     passed: tuple[float, ...] = ()
+    pending: tuple[float, ...] = ()
     teacher_microbatches: int | Literal["auto"] | None = None
     rows: float = math.inf
 
@@ -129,12 +130,11 @@ def prospects(pair: Pair, microbatches: int, machine: Machine) -> list[Prospect]
     for order in ORDERS[1:]:
         any_loss = order.startswith("afab")
         loss: LossOver = "batch" if any_loss else "microbatch"
-        split = order in SPLIT
         try:
-            made = _plan(pair, loss, order, microbatches, _most(pair, machine, split))
+            made = _plan(pair, loss, order, microbatches, _most(pair, machine, order in SPLIT))
         except ValueError:  # it does not fit
             made = _plan(pair, loss, order, microbatches)
-        peak = _peak(pair, timeline(made.schedule, costs).held, split)
+        peak = _fullest(pair, made.schedule.ranks)
         teacher = made.schedule.teacher_microbatches
         found.append(
             Prospect(
@@ -203,11 +203,34 @@ def _peak(pair: Pair, held: Sequence[float], split: bool) -> float | None:
     return max(there + n * more for there, n, more in zip(fixed, held, each, strict=True))
 
 
+def _fullest(pair: Pair, rows: Sequence[Sequence[Action]]) -> float | None:
+    """Bytes of the fullest rank at its fullest moment, for one of our orders; None: not known."""
+    if not pair.weights or not pair.held:
+        return None
+    peaks = []
+    for stage, row in enumerate(rows):
+        whole = pair.held[stage]
+        each = pair.passed[stage] if pair.passed else whole
+        late = pair.pending[stage] if pair.pending else whole
+        if pair.passed and stage == 0:
+            late = each  # no first part: it runs again in the second
+        now = most = 0.0
+        for action in row:
+            again = pair.passed and action.kind in ("BW" if stage == 0 else "BI")
+            most = max(most, now + whole if again else now)
+            now += {"F": each, "I": late - each, "B": -each, "W": -late}.get(action.kind, 0.0)
+            most = max(most, now)
+        peaks.append(pair.weights[stage] + most)
+    return max(peaks)
+
+
 def _most(pair: Pair, machine: Machine, split: bool) -> list[int] | None:
     """How many microbatches fit on each rank; None where that is not known."""
     if machine.memory is None or not pair.weights or not pair.held:
         return None
     fixed, each = _memory(pair, split)
+    if split and pair.pending:
+        each = tuple(map(max, each, pair.pending))
     return [int((machine.memory - there) // more) if more else sys.maxsize
             for there, more in zip(fixed, each, strict=True)]  # fmt: skip
 
