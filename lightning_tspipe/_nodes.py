@@ -8,7 +8,7 @@ The formulas are those of https://github.com/pytorch/pytorch/blob/main/tools/aut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -36,8 +36,8 @@ def is_known(node: Any, slots: Sequence[int]) -> bool:
     return False
 
 
-def weights_half(node: Any, slots: Sequence[int], gradient: Tensor) -> Callable[[], list[Tensor]]:
-    """What computes the gradients at some slots, and holds what it needs instead of the node.
+def weights_half(node: Any, slots: Sequence[int], gradient: Tensor) -> partial[list[Tensor]]:
+    """What computes the gradients at some slots; its arguments are all that it needs, instead of the node.
 
     Args:
         node: one that `is_known`, in its backward.

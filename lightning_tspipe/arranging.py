@@ -138,6 +138,14 @@ class Arrangement:
             costs = costs.recomputed() if self._recompute else costs
         # a split one keeps what recomputing is to save
         split = bool(costs.whole) and not self._recompute and options is None
+        held_split = None
+        if split or self._schedule in SPLIT:
+            try:
+                held_split = self._max_held(True)
+            except ValueError:  # no room for what W needs
+                if self._schedule in SPLIT:
+                    raise
+                split = False
         planner = Planner(
             costs,
             looks_ahead(module),
@@ -146,7 +154,8 @@ class Arrangement:
             post_ahead,
             split_backward=split,
             clipping=self._clips,
-            max_held=self._max_held,
+            max_held=self._max_held(False),
+            max_held_split=held_split,
         )
         if self._microbatches == "auto":
             found = self.placement.microbatches or planner.microbatches
@@ -185,14 +194,14 @@ class Arrangement:
         """Whether a stage holds the activations of one microbatch at a time: a split backward keeps them for W."""
         return self._recompute and self._schedule not in SPLIT
 
-    @property
-    def _max_held(self) -> tuple[int, ...] | None:
-        """How many microbatches fit on each rank; None for any number."""
+    def _max_held(self, split: bool) -> tuple[int, ...] | None:
+        """How many microbatches fit on each rank, with a split backward or a whole one; None for any number."""
         if not self.placement.held or self._limit == math.inf:
             return None
         left = [self._limit - weights for weights in self.placement.weights]
         if not self._keeps_inputs or not self.placement.passed:
-            return most_in_memory(left, self.placement.held)
+            each = self.placement.held
+            return most_in_memory(left, tuple(map(max, each, self.placement.pending or each)) if split else each)
         left = [free - held for free, held in zip(left, self.placement.held, strict=True)]
         return most_in_memory(left, self.placement.passed)
 

@@ -67,7 +67,7 @@ class PipelineTrainer(pl.Trainer):
         assert isinstance(model, TeacherStudentModule)
         placement, costs, count = dry_placement(self, model, datamodule, strategy.asked, TERA * tflops, on)
         say(f"Costs of {placement.rows} samples, counted at {tflops:g} TFLOP/s:\n{placement.table()}\n")
-        show(model, placement, costs, count, on)
+        show(model, placement, costs, count, on, strategy.asked.teacher_microbatches)
 
     def trace(
         self,
@@ -124,10 +124,17 @@ class ShowPlan(pl.Callback):
         if machine.memory is None and device.type == "cuda":
             machine = replace(machine, memory=float(torch.cuda.get_device_properties(device).total_memory))
         say(f"Costs of {placement.rows} samples, as measured:\n{placement.table()}\n")
-        show(pl_module, placement, costs, placement.microbatches, machine)
+        show(pl_module, placement, costs, placement.microbatches, machine, strategy.asked.teacher_microbatches)
 
 
-def show(module: TeacherStudentModule, placement: Placement, costs: Costs, microbatches: int, on: Machine) -> None:
+def show(
+    module: TeacherStudentModule,
+    placement: Placement,
+    costs: Costs,
+    microbatches: int,
+    on: Machine,
+    teacher: int | Literal["auto"],
+) -> None:
     """What every way to train would take, to the standard output.
 
     Args:
@@ -136,6 +143,7 @@ def show(module: TeacherStudentModule, placement: Placement, costs: Costs, micro
         costs: of a microbatch, if a batch has so many.
         microbatches: per batch.
         on: what it runs on.
+        teacher: microbatches of the teacher, as the user has asked for them.
     """
     scale = costs.f[0] / placement.f[0] if placement.f[0] else 1.0
     pair = Pair(
@@ -147,6 +155,10 @@ def show(module: TeacherStudentModule, placement: Placement, costs: Costs, micro
         weights=placement.weights,
         held=tuple(scale * each for each in placement.held),
         passed=tuple(scale * each for each in placement.passed) if placement.recompute else (),
+        pending=tuple(scale * each for each in placement.pending),
+        # a teacher in train mode keeps the student's number (`Arrangement.teacher_microbatches`)
+        teacher_microbatches=None if teacher == "auto" and module.teacher_mode == "train" else teacher,
+        rows=round(scale * placement.rows * microbatches),
     )
     say(report(pair, microbatches, on, prospects(pair, microbatches, on)))
 
@@ -158,6 +170,7 @@ def plan_costs(
     b: float | list[float] = 1.0,
     w: float | list[float] = 1.0,
     microbatches: int | Literal["auto"] = "auto",
+    teacher_microbatches: int | Literal["auto"] = "auto",
     message: float = 0.0,
     exact_teacher: bool = False,
     loss_over: Literal["batch", "microbatch"] = "batch",
@@ -176,6 +189,8 @@ def plan_costs(
         b: of a backward for inputs.
         w: of a backward for weights.
         microbatches: per batch; "auto" takes the fewest that let the teacher fill the bubbles.
+        teacher_microbatches: per batch, of the teacher, a multiple or a divisor of `microbatches`; "auto" takes more
+            where that makes an order's step shorter.
         message: milliseconds of a message between neighbours.
         exact_teacher: whether the teacher follows without delay, so that it cannot run a batch ahead.
         loss_over: "batch" or "microbatch", as of the module.
@@ -186,7 +201,8 @@ def plan_costs(
         memory_gb: gigabytes that a rank has.
 
     Raises:
-        ValueError: a cost is negative, or there are not as many as stages.
+        ValueError: a cost is negative, there are not as many as stages, or the numbers of microbatches do not fit each
+            other.
     """
     check_scalars(stages, 1 if microbatches == "auto" else microbatches, loss_over)
     teacher, forward, inputs, weights = (
@@ -202,6 +218,7 @@ def plan_costs(
         teacher=MB * teacher_mb,
         weights=(MB * (4 * student_mb + teacher_mb) / stages,) * stages if known else (),
         held=(MB * activations_mb / stages,) * stages if known else (),
+        teacher_microbatches=teacher_microbatches,
     )
     count = minimal_microbatches(stages, costs, lookahead=pair.lookahead) if microbatches == "auto" else microbatches
     on = machine(bandwidth_gb_s, memory_gb)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from lightning_tspipe import tree
+from lightning_tspipe import split, tree
 from lightning_tspipe.measure import LayerCost
 from lightning_tspipe.partition import Layers
 from lightning_tspipe.recording import Fake, give_fakes, memory_of, tensors_of, unchanged
@@ -90,6 +90,8 @@ def _costs(layers: Layers, network: str, views: list[Any], rate: float) -> list[
             LayerCost(
                 forward, inputs, both - inputs, inputs, both - inputs,
                 held=total(one.held for one in found),
+                pending=total(one.pending for one in found),
+                keeps_graph=any(one.keeps_graph for one in found),
                 sent=total(map(_bytes, values)),
                 parameters=_bytes(tensors),
                 trained=_bytes([tensor for tensor in tensors if tensor.requires_grad]),
@@ -117,6 +119,7 @@ class _Pass:
         output: what the layer gives.
         flops: operations of the forward, of the backward for inputs, and of the whole backward.
         held: bytes that autograd keeps between them, without parameters and what a layer before has kept already.
+        pending, keeps_graph: as of `LayerCost`, for this view.
     """
 
     def __init__(self, layer: Any, value: Any, tensors: Sequence[Tensor], first: bool, kept: dict[int, Tensor]) -> None:
@@ -135,8 +138,9 @@ class _Pass:
                 self.held += tensor.untyped_storage().nbytes()
             return tensor
 
+        value = tree.unflatten(leaves, structure)
         with _counting() as forward, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            output = layer(own_input(layer, tree.unflatten(leaves, structure)))
+            output = layer(own_input(layer, value))
         results = [leaf for leaf in tree.flatten(output)[0] if leaf.requires_grad]
         given = [torch.ones_like(leaf) for leaf in results]
         backward = []
@@ -146,6 +150,15 @@ class _Pass:
                     torch.autograd.grad(results, sources, given, retain_graph=True, allow_unused=True)
             backward.append(counter.get_total_flops())
         self.flops = forward.get_total_flops(), *backward
+        self.pending, self.keeps_graph = 0, False
+        if results:
+            results = [leaf for leaf in tree.flatten(layer(own_input(layer, value)))[0] if leaf.requires_grad]
+            rest = split.backward_inputs(results, given, wanted)
+            memory = {memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in rest.kept}
+            self.pending = sum(size for place, size in memory.items() if place not in parameters)
+            self.keeps_graph = rest.keeps_graph
+            for tensor in (*wanted, *trained):
+                tensor.grad = None
         self.output = tree.map_tensors(output, torch.Tensor.detach)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ ENOUGH = 1.0  # seconds after which a layer is not run again
 REPEATS, ENOUGH_FOR_ALL = 3, 2.0  # the same for all layers of a rank, one after the other
 PING_BYTES = 4 << 20
 PINGS = 10
-SUMMED = ("forward", "inputs", "weights", "first", "rest", "held")  # over the views
+SUMMED = ("forward", "inputs", "weights", "first", "rest", "held", "pending")  # over the views
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class LayerCost:
         forward, inputs, weights: seconds of a forward, and of a backward for inputs and for weights, in one piece.
         first, rest: seconds of the two parts of a split backward.
         held: bytes kept between forward and backward, parameters left out.
+        pending: bytes kept between the two parts of a split backward, those of a graph that stays left out.
+        keeps_graph: whether it stays, which then holds `held` too.
         received, sent: bytes of what it takes and of what it gives.
         parameters: bytes of its parameters and buffers.
         trained: of these, bytes of what is trained.
@@ -49,6 +51,8 @@ class LayerCost:
     parameters: int = 0
     trained: int = 0
     received: int = 0
+    pending: int = 0
+    keeps_graph: bool = False
 
     @property
     def seconds(self) -> float:
@@ -117,6 +121,7 @@ class Meter:
             leaves, structure = tree.flatten(view)
             leaves = [leaf.detach().requires_grad_(leaf.is_floating_point() and not first) for leaf in leaves]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            keeps_graph, pending = False, 0
             for _ in _until(ENOUGH, ROUNDS):
                 value = own_input(layer, tree.unflatten(leaves, structure))
                 start = self._now()
@@ -131,10 +136,13 @@ class Meter:
                     best[place] = min(best[place], self._now() - start)
                 start = self._now()
                 rest = split.backward_inputs(results, given, wanted) if results else None
-                middle = self._now()
+                best[3] = min(best[3], self._now() - start)
+                if rest is not None:
+                    keeps_graph, pending = rest.keeps_graph, _bytes(rest.kept, tensors)
+                start = self._now()
                 if rest is not None:
                     rest()
-                best[3], best[4] = min(best[3], middle - start), min(best[4], self._now() - middle)
+                best[4] = min(best[4], self._now() - start)
                 for tensor in (*wanted, *trained):
                     tensor.grad = None
             value = own_input(layer, tree.unflatten(leaves, structure))
@@ -155,7 +163,16 @@ class Meter:
                     self._counted.add(place)
             forward, inputs, both, early, late = best
             inputs = min(inputs, both) if wanted else 0.0
-            cost = LayerCost(forward, inputs, both - inputs, early, late, sum(saved.values()))
+            cost = LayerCost(
+                forward,
+                inputs,
+                both - inputs,
+                early,
+                late,
+                sum(saved.values()),
+                pending=pending,
+                keeps_graph=keeps_graph,
+            )
             return tree.map_tensors(output, torch.Tensor.detach), cost
 
         before, self._counted = self._counted, set()
@@ -180,7 +197,8 @@ class Meter:
             outputs, costs = zip(*(run(view) for view in views), strict=True)
         received, sent = (sum(leaf.nbytes for leaf in tree.flatten(list(of))[0]) for of in (views, outputs))
         total = {name: sum(getattr(cost, name) for cost in costs) for name in SUMMED}
-        sizes = {"received": received, "sent": sent, "parameters": size, "trained": trained}
+        sizes: dict[str, Any] = {"received": received, "sent": sent, "parameters": size, "trained": trained}
+        sizes["keeps_graph"] = any(cost.keeps_graph for cost in costs)
         return list(outputs), replace(costs[0], **total, **sizes)
 
     @contextmanager
@@ -231,6 +249,14 @@ class Meter:
             best = min(best, self._now() - start)
             sends.retire(1)
         return best / 2
+
+
+def _bytes(tensors: Iterable[Tensor], but: Iterable[Tensor]) -> int:
+    """Of the memory of some tensors, each counted once, without that of others."""
+    memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    for tensor in but:
+        memory.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(memory.values())
 
 
 def _until(enough: float, most: int) -> Iterator[int]:

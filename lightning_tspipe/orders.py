@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ParamSpec
 
 from lightning_tspipe.ahead import afab_ahead, slower_messages, staircases, vary
 from lightning_tspipe.clock import clock
@@ -47,6 +48,7 @@ NEAR = 1.0025  # a step that is this near to its bound is as good as any
 MOST = 200  # simulations, for a small problem
 
 Score = tuple[bool, float, int, int]
+Options = ParamSpec("Options")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,34 +106,6 @@ def minimal_microbatches(
     return max(stages, math.ceil(need - NEARLY))
 
 
-def make_schedule(
-    stages: int,
-    microbatches: int,
-    costs: Costs | None = None,
-    *,
-    lookahead: bool = True,
-    loss_over: LossOver = "batch",
-    order: str = "auto",
-    split_backward: bool = False,
-    max_in_flight: Sequence[int] | None = None,
-    max_held: Sequence[int] | None = None,
-    teacher_microbatches: int | None = None,
-) -> Schedule:
-    """The fastest schedule that `find_schedule` finds; arguments and errors are the same."""
-    return find_schedule(
-        stages,
-        microbatches,
-        costs,
-        lookahead=lookahead,
-        loss_over=loss_over,
-        order=order,
-        split_backward=split_backward,
-        max_in_flight=max_in_flight,
-        max_held=max_held,
-        teacher_microbatches=teacher_microbatches,
-    ).schedule
-
-
 def find_schedule(
     stages: int,
     microbatches: int,
@@ -144,6 +118,7 @@ def find_schedule(
     max_in_flight: Sequence[int] | None = None,
     max_held: Sequence[int] | None = None,
     teacher_microbatches: int | None = None,
+    max_held_split: Sequence[int] | None = None,
 ) -> Found:
     """Search the schedule with the shortest step.
 
@@ -162,6 +137,7 @@ def find_schedule(
         split_backward: whether "auto" may split the backward into I and W; it does if that makes the step 1 % shorter.
         max_in_flight, max_held: as in `schedule.validate`; None: no bound for "auto".
         teacher_microbatches: of a batch, a multiple or a divisor of M; None: M.
+        max_held_split: `max_held` of orders that split the backward, which may need more for W; None: the same.
 
     Raises:
         ValueError: a bad argument, or nothing that keeps the bounds.
@@ -171,7 +147,8 @@ def find_schedule(
     teacher = microbatches if teacher_microbatches is None else teacher_microbatches
     check_teacher_microbatches(microbatches, teacher)
     costs = costs or Costs.uniform(stages)
-    for name, bound in (("max_in_flight", max_in_flight), ("max_held", max_held)):
+    bounds = {"max_in_flight": max_in_flight, "max_held": max_held, "max_held_split": max_held_split}
+    for name, bound in bounds.items():
         fits = bound is None or (len(bound) == stages and min(bound) >= 1)
         require(fits, f"{name} is {bound}: give at least 1 for each of the {stages} stages")
     names = [name for name in ORDERS[1:] if split_backward or name in ("afab", "1f1b")] if order == "auto" else [order]
@@ -179,12 +156,24 @@ def find_schedule(
     if loss_over == "batch":
         require(names != lean, f'order "{order}" needs a loss per microbatch: set loss_over="microbatch", or take afab')
         names = [name for name in names if name not in lean]
-    search = _Search(microbatches, teacher, costs, lookahead, loss_over, order == "auto", max_in_flight, max_held)
-    if any(min(limit) < microbatches for limit in (search.in_flight, search.held)):
-        names = [name for name in names if name in lean]
+    held = max_held, max_held if max_held_split is None else max_held_split
+    search = _Search(microbatches, teacher, costs, lookahead, loss_over, order == "auto", max_in_flight, held)
+    names = [name for name in names if name in lean or search.holds_all(name)]
+    if not names:
         hint = "allow more, or take fewer microbatches" + ', or set loss_over="microbatch"' * (loss_over == "batch")
-        require(bool(names), f"all {microbatches} microbatches are in flight at once, which the bound forbids: {hint}")
+        require(False, f"all {microbatches} microbatches are in flight at once, which the bound forbids: {hint}")
     return search.run(names)
+
+
+def _schedule_of(find: Callable[Options, Found]) -> Callable[Options, Schedule]:
+    def make(*args: Options.args, **kwargs: Options.kwargs) -> Schedule:
+        """The fastest schedule that `find_schedule` finds; arguments and errors are the same."""
+        return find(*args, **kwargs).schedule
+
+    return make
+
+
+make_schedule = _schedule_of(find_schedule)
 
 
 @dataclass(slots=True)
@@ -208,7 +197,7 @@ class _Search:
     loss_over: LossOver
     auto: bool
     max_in_flight: Sequence[int] | None
-    max_held: Sequence[int] | None
+    max_held: tuple[Sequence[int] | None, Sequence[int] | None]  # without and with a split backward
     evaluations: int = 0
     limit: float = math.inf
     best: _Candidate | None = None
@@ -217,10 +206,11 @@ class _Search:
     def __post_init__(self) -> None:
         self.stages = len(self.costs.t)
         unbounded = (self.microbatches,) * self.stages
-        self.in_flight, self.held = (
+        self.in_flight, *held = (
             unbounded if bound is None else tuple(min(self.microbatches, most) for most in bound)
-            for bound in (self.max_in_flight, self.max_held)
+            for bound in (self.max_in_flight, *self.max_held)
         )
+        self.held = {name: held[name in SPLIT] for name in ORDERS[1:]}
         self.bound = max(self.costs.work(k, self.microbatches) for k in range(self.stages))
         self.slower = slower_messages(self.costs)
         self.actions = self.costs.per_action(self.microbatches, self.teacher)
@@ -238,8 +228,16 @@ class _Search:
         if self.best is None:
             raise ValueError("nothing keeps the bounds: allow more microbatches in flight or held")
         schedule = self.schedule(self.best.rows)
-        validate(schedule, max_in_flight=self.in_flight, max_held=self.held)
+        self.check(self.best.name, schedule)
         return Found(schedule, self.best.name, self.best.period, self.bound, self.evaluations)
+
+    def holds_all(self, name: str) -> bool:
+        """Whether all microbatches of a batch may be there at once."""
+        return min(*self.in_flight, *self.held[name]) >= self.microbatches
+
+    def check(self, name: str, schedule: Schedule) -> None:
+        """Raises ScheduleError for what breaks a rule or a bound."""
+        validate(schedule, max_in_flight=self.in_flight, max_held=self.held[name])
 
     @property
     def enough(self) -> bool:
@@ -274,7 +272,7 @@ class _Search:
             for rows in plain_rows(name, self.stages, self.microbatches, self.teacher):
                 schedule = self.schedule(rows)
                 try:
-                    validate(schedule, max_in_flight=self.in_flight, max_held=self.held)
+                    self.check(name, schedule)
                 except ScheduleError:
                     continue
                 found.append((name, rows))
@@ -300,7 +298,7 @@ class _Search:
         tries = [self.holes(name) for name in names]
         for name, rows in (pair for row in itertools.zip_longest(*tries) for pair in row if pair is not None):
             try:  # the teacher may come too late for a loss per microbatch
-                validate(self.schedule(rows), max_in_flight=self.in_flight, max_held=self.held)
+                self.check(name, self.schedule(rows))
             except ScheduleError:
                 self.evaluations += 1
             else:
@@ -356,7 +354,7 @@ class _Search:
     def policy(self, name: str, in_flight: tuple[int, ...]) -> Policy:
         """The policy of an order that has no teacher ahead."""
         whole, split = name.startswith("afab"), name in SPLIT
-        return Policy((0,) * self.stages, in_flight, self.held, split, whole)
+        return Policy((0,) * self.stages, in_flight, self.held[name], split, whole)
 
     def limits(self, name: str) -> list[tuple[int, ...]]:
         """How many microbatches an order may have in flight, the most promising first."""

@@ -28,6 +28,7 @@ class Placement:
         message: seconds of one message, on average.
         weights: bytes per stage of parameters and buffers, gradients, and an optimizer state of two numbers each.
         held: bytes per stage that a microbatch takes between its forward and its backward.
+        pending: bytes per stage that it takes between the two parts of a split backward; empty: as `held`.
         passed: bytes per stage that go in and out of it with a microbatch, which is all that it holds with `recompute`;
             `held` is there for one microbatch at a time then.
         rows: samples of a microbatch in the measurement.
@@ -52,6 +53,7 @@ class Placement:
     first: tuple[float, ...] = ()
     rest: tuple[float, ...] = ()
     teacher_microbatches: int | None = None
+    pending: tuple[float, ...] = ()
 
     @property
     def stages(self) -> int:
@@ -107,6 +109,8 @@ class Placement:
             sizes = {"weights MiB": self.weights, "microbatch MiB": self.held}
             if self.recompute and self.passed:
                 sizes = {"weights MiB": self.weights, "microbatch MiB": self.passed, "recomputed MiB": self.held}
+            if self.pending:
+                sizes["until W MiB"] = self.pending
             header += [*self._passes.values(), "sum ms", *sizes]
             for stage, row in enumerate(rows):
                 row += [f"{1e3 * getattr(self, name)[stage]:.2f}" for name in self._passes]

@@ -257,6 +257,7 @@ def _placement(
             if 0 < place < len(chain.edge))
         for stage in range(names.stages)
     ]  # fmt: skip
+    passed = tuple(float(student[of.start].received + student[of.stop - 1].sent) for of in stages[0])
     single = [message.seconds(student[place - 1].sent) for place in ends[0][1:-1]]
     return Placement(
         names.student,
@@ -271,5 +272,14 @@ def _placement(
         message=sum(single) / len(single),
         weights=of_both(lambda chain: chain.weights),
         held=sums([cost.held for cost in student], stages[0]),
-        passed=tuple(float(student[of.start].received + student[of.stop - 1].sent) for of in stages[0]),
+        passed=passed,
+        pending=tuple(_pending(student[of], stage == 0) for stage, of in enumerate(stages[0])),
     )
+
+
+def _pending(layers: Sequence[LayerCost], first: bool) -> float:
+    """Bytes of a stage between the two parts of a split backward: one graph, which stays if a layer needs it."""
+    held = sum(cost.held for cost in layers)
+    if first:  # there is no first part, so all stays
+        return float(held + layers[-1].sent)
+    return float(sum(cost.pending for cost in layers) + held * any(cost.keeps_graph for cost in layers))

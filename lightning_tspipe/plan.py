@@ -78,7 +78,7 @@ class Planner:
             other raises it, from that schedule on.
         split_backward: whether "auto" may split the backward into I and W.
         clipping: whether all stages exchange a scalar before the optimizer step (clipping by norm, a loss scale).
-        max_in_flight, max_held: per rank, bounds on student microbatches (`schedule.validate`, `most_in_memory`).
+        max_in_flight, max_held, max_held_split: per rank, bounds on student microbatches (`find_schedule`).
 
     Raises:
         ScheduleError, ReplayError: a schedule that would not run; a bug of this library.
@@ -97,6 +97,7 @@ class Planner:
         clipping: bool = False,
         max_in_flight: Sequence[int] | None = None,
         max_held: Sequence[int] | None = None,
+        max_held_split: Sequence[int] | None = None,
     ) -> None:
         stages = len(costs.t)
         if clipping and costs.exchange is None:  # the scalar goes up to rank 0 and down again
@@ -104,7 +105,7 @@ class Planner:
         self.costs, self.lookahead, self.post_ahead = costs, lookahead, post_ahead
         self._arguments: dict[str, Any] = {
             "lookahead": lookahead, "loss_over": loss_over, "split_backward": split_backward,
-            "max_in_flight": max_in_flight, "max_held": max_held,
+            "max_in_flight": max_in_flight, "max_held": max_held, "max_held_split": max_held_split,
         }  # fmt: skip
         self._order = schedule
         self._find = cache(partial(find_schedule, stages, costs=costs, order=schedule, **self._arguments))
@@ -148,7 +149,7 @@ class Planner:
             teacher: how many of the teacher; None: M.
         """
         teacher = microbatches if teacher is None else teacher
-        found = self._found(microbatches, teacher)
+        found = self.search(microbatches, teacher)
         if (microbatches, teacher) not in self._replayed:
             self.post_ahead = self._runs_with(found.schedule)
             self._replayed.add((microbatches, teacher))
@@ -192,7 +193,8 @@ class Planner:
         shares = [self._share(count) for count in tries]
         return next(count for count, share in zip(tries, shares, strict=True) if share >= 0.99 * max(shares))
 
-    def _found(self, microbatches: int, teacher: int) -> Found:
+    def search(self, microbatches: int, teacher: int) -> Found:
+        """What `find` gives, before it is replayed."""
         if teacher == microbatches:
             return self._find(microbatches)
         return self._find(microbatches, teacher_microbatches=teacher)
@@ -200,7 +202,7 @@ class Planner:
     def _share(self, microbatches: int, teacher: int | None = None) -> float:
         """The bound over the step; 0 where no order keeps the bounds on memory."""
         try:
-            found = self._found(microbatches, microbatches if teacher is None else teacher)
+            found = self.search(microbatches, microbatches if teacher is None else teacher)
         except ValueError:
             return 0.0
         return found.bound / found.period if found.period else 1.0

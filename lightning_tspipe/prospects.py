@@ -6,16 +6,15 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Literal
 
-from lightning_tspipe.orders import ORDERS, find_schedule, minimal_microbatches
+from lightning_tspipe.orders import ORDERS, SPLIT, Found, minimal_microbatches
+from lightning_tspipe.plan import Planner
 from lightning_tspipe.rivals import ways
-from lightning_tspipe.schedule import Costs, LossOver
-from lightning_tspipe.simulate import timeline
+from lightning_tspipe.schedule import Action, Costs, LossOver, check_teacher_microbatches
 from lightning_tspipe.table import table
 
 GB = 1e9
-SPLIT = ("afab-split", "zb")
 SHORT = 0.5e-3  # seconds of an action that are not much more than what the runtime adds
 TRIES = (64, 32, 16)  # microbatches of a larger batch
 CLEARLY = 0.99  # what is within 1 % is as fast
@@ -41,7 +40,10 @@ class Pair:
         student, teacher: bytes of their parameters; 0: not known.
         weights: bytes per stage of parameters, gradients and optimizer state; empty: not known.
         held: bytes per stage that a microbatch takes between its forward and its backward; empty: not known.
+        pending: bytes per stage that it takes between the two parts of a split backward; empty: as many as `held`.
         passed: bytes per stage that it takes with recomputation, while one at a time takes `held`; empty: without it.
+        teacher_microbatches: per batch; "auto": as many as `Planner.teacher_microbatches` takes; None: as the student.
+        rows: of a batch, for "auto".
     """
 
     costs: Costs
@@ -52,6 +54,9 @@ class Pair:
     weights: tuple[float, ...] = ()
     held: tuple[float, ...] = ()
     passed: tuple[float, ...] = ()
+    pending: tuple[float, ...] = ()
+    teacher_microbatches: int | Literal["auto"] | None = None
+    rows: float = math.inf
 
     @property
     def stages(self) -> int:
@@ -86,6 +91,7 @@ class Prospect:
         known: whether `seconds` is more than a lower bound.
         microbatches: of a pipeline's batch; None: as many as were asked for.
         larger: whether those are more than were asked for; `seconds` are still of as many.
+        teacher: microbatches of the teacher in one of our batches.
     """
 
     name: str
@@ -97,6 +103,7 @@ class Prospect:
     known: bool = True
     microbatches: int | None = None
     larger: bool = False
+    teacher: int | None = None
 
     def fits(self, machine: Machine) -> bool | None:
         """Whether it fits into memory; None: not known."""
@@ -110,27 +117,42 @@ def prospects(pair: Pair, microbatches: int, machine: Machine) -> list[Prospect]
         pair: what to train.
         microbatches: per batch, in every pipeline.
         machine: what on.
+
+    Raises:
+        ValueError: the numbers of microbatches do not go together.
     """
     costs, stages = pair.costs, pair.stages
+    if isinstance(pair.teacher_microbatches, int):
+        check_teacher_microbatches(microbatches, pair.teacher_microbatches)
     work = [costs.work(stage, microbatches) - costs.optimizer for stage in range(stages)]
     mean = sum(work) / stages
     found = []
     for order in ORDERS[1:]:
         any_loss = order.startswith("afab")
         loss: LossOver = "batch" if any_loss else "microbatch"
-        split = order in SPLIT
-        find = partial(
-            find_schedule, stages, microbatches, costs, lookahead=pair.lookahead, loss_over=loss, order=order
-        )
         try:
-            made = find(max_held=_most(pair, machine, split))
+            made = _plan(pair, loss, order, microbatches, _most(pair, machine, order in SPLIT))
         except ValueError:  # it does not fit
-            made = find()
-        peak = _peak(pair, timeline(made.schedule, costs).held, split)
-        found.append(Prospect(f'tspipe, schedule="{order}"', made.period, mean / made.period, peak, any_loss, True))
+            made = _plan(pair, loss, order, microbatches)
+        peak = _fullest(pair, made.schedule.ranks)
+        teacher = made.schedule.teacher_microbatches
+        found.append(
+            Prospect(
+                f'tspipe, schedule="{order}"', made.period, mean / made.period, peak, any_loss, True, teacher=teacher
+            )
+        )
     now = [_rival(name, run(), pair, microbatches, microbatches) for name, run in ways(costs, microbatches).items()]
     larger = _larger(pair, microbatches, machine, {one.name: one.seconds for one in now})
     return [*found, *now, *larger, *_data_parallel(pair, microbatches, machine, mean)]
+
+
+def _plan(pair: Pair, loss: LossOver, order: str, microbatches: int, most: Sequence[int] | None = None) -> Found:
+    """What a run with that order would do; raises ValueError where no more than so many microbatches may be held."""
+    planner = Planner(pair.costs, pair.lookahead, loss, order, max_held=most)
+    teacher = pair.teacher_microbatches or microbatches
+    if teacher == "auto":
+        teacher = planner.teacher_microbatches(microbatches, pair.rows)
+    return planner.search(microbatches, teacher)
 
 
 def _rival(name: str, seconds: float, pair: Pair, count: int, microbatches: int) -> Prospect:
@@ -181,11 +203,34 @@ def _peak(pair: Pair, held: Sequence[float], split: bool) -> float | None:
     return max(there + n * more for there, n, more in zip(fixed, held, each, strict=True))
 
 
+def _fullest(pair: Pair, rows: Sequence[Sequence[Action]]) -> float | None:
+    """Bytes of the fullest rank at its fullest moment, for one of our orders; None: not known."""
+    if not pair.weights or not pair.held:
+        return None
+    peaks = []
+    for stage, row in enumerate(rows):
+        whole = pair.held[stage]
+        each = pair.passed[stage] if pair.passed else whole
+        late = pair.pending[stage] if pair.pending else whole
+        if pair.passed and stage == 0:
+            late = each  # no first part: it runs again in the second
+        now = most = 0.0
+        for action in row:
+            again = pair.passed and action.kind in ("BW" if stage == 0 else "BI")
+            most = max(most, now + whole if again else now)
+            now += {"F": each, "I": late - each, "B": -each, "W": -late}.get(action.kind, 0.0)
+            most = max(most, now)
+        peaks.append(pair.weights[stage] + most)
+    return max(peaks)
+
+
 def _most(pair: Pair, machine: Machine, split: bool) -> list[int] | None:
     """How many microbatches fit on each rank; None where that is not known."""
     if machine.memory is None or not pair.weights or not pair.held:
         return None
     fixed, each = _memory(pair, split)
+    if split and pair.pending:
+        each = tuple(map(max, each, pair.pending))
     return [int((machine.memory - there) // more) if more else sys.maxsize
             for there, more in zip(fixed, each, strict=True)]  # fmt: skip
 
@@ -210,20 +255,21 @@ def report(pair: Pair, microbatches: int, machine: Machine, found: Sequence[Pros
     """All prospects as a table, what was assumed, and which is the best."""
     best = _best(pair, machine, [one for one in found if one.ours])
     seconds = math.nan if best is None else best.seconds
-    header = ["way", "loss", "step ms", "utilization", "over tspipe's", "peak GB", "fits"]
+    header = ["way", "loss", "Mt", "step ms", "utilization", "over tspipe's", "peak GB", "fits"]
     rows = []
     for one in found:
         fits = one.fits(machine)
         rows.append([
             one.name,
             "any" if one.any_loss else "per microbatch",
+            "" if one.teacher is None else f"{one.teacher}",
             f"{'' if one.known else '>= '}{1e3 * one.seconds:.2f}",
             f"{'' if one.known else '<= '}{one.utilization:.3f}",
             f"{'' if one.known else '>= '}{one.seconds / seconds:.2f}",
             "?" if one.peak is None else f"{one.peak / GB:.3g}",
             "?" if fits is None else "yes" if fits else "NO",
         ])  # fmt: skip
-    title = f"{pair.stages} ranks, {microbatches} microbatches; a step is one batch:"
+    title = f"{pair.stages} ranks, {microbatches} microbatches, of the teacher Mt; a step is one batch:"
     return "\n".join([title, table(header, rows), "", ASSUMPTIONS, "", *verdict(pair, microbatches, machine, found)])
 
 

@@ -17,6 +17,7 @@ class Asked(NamedTuple):
     stages: int | Literal["auto"]
     microbatches: int | Literal["auto"]
     recompute: bool
+    teacher_microbatches: int | Literal["auto"]
 
 
 class ReportingStrategy(CheckpointStrategy):
@@ -27,11 +28,12 @@ class ReportingStrategy(CheckpointStrategy):
     _balance: Balance | Placement = "auto"
     _stages: int | Literal["auto"] = "auto"
     _recompute: bool = False
+    _teacher_microbatches: int | Literal["auto"] = "auto"
 
     @property
     def asked(self) -> Asked:
         """What the plan depends on, as the user has given it."""
-        return Asked(self._stages, self._microbatches, self._recompute)
+        return Asked(self._stages, self._microbatches, self._recompute, self._teacher_microbatches)
 
     @property
     def runtime(self) -> Runtime | None:

@@ -17,9 +17,9 @@ the second part would need.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ from lightning_tspipe import _nodes
 # nodes whose weight gradients cost about as much as those of their inputs
 HEAVY = frozenset({"AddmmBackward0", "MmBackward0", "BmmBackward0", "BaddbmmBackward0", "ConvolutionBackward0"})
 COMPILED = "CompiledFunctionBackward"  # the node of what torch.compile has made
+
+
+class _Step(Protocol):
+    """A part of what is put off, and the tensors that it keeps for that."""
+
+    @property
+    def kept(self) -> list[Tensor]: ...
+
+    def __call__(self) -> None: ...
 
 
 class _Junction:
@@ -44,7 +53,7 @@ class _Junction:
         self.slots = slots
         self._parameters = parameters
         self._left: list[tuple[GradientEdge, Tensor]] = []
-        self._known: list[tuple[list[Any], Callable[[], list[Tensor]]]] = []
+        self._known: list[tuple[list[Any], partial[list[Tensor]]]] = []
 
     @property
     def is_known(self) -> bool:
@@ -56,22 +65,36 @@ class _Junction:
             _same_end([node.next_functions[slot] for node in self.slots]) for slot in first
         )
 
-    def leave(self, steps: deque[Callable[[], None]], node: Node, gradients: Sequence[Any]) -> None:
+    @property
+    def kept(self) -> list[Tensor]:
+        """What the second part needs besides the graph."""
+        return [gradient for _, gradient in self._left] + [
+            t for _, compute in self._known for t in _tensors(compute.args)
+        ]
+
+    def __call__(self) -> None:
+        """The second part."""
+        if self._left:
+            self._finish_left()
+        else:
+            self._finish_known()
+
+    def leave(self, steps: deque[_Step], node: Node, gradients: Sequence[Any]) -> None:
         """Leave the weights to the graph, given the gradient of a node's output."""
         if gradients[0] is not None:
             if not self._left:
-                steps.append(self._finish_left)
+                steps.append(self)
             self._left.append((GradientEdge(node, 0), gradients[0]))
 
     def _finish_left(self) -> None:
         edges, gradients = zip(*self._left, strict=True)  # one call, so that sums are those of a whole backward
         torch.autograd.backward(list(edges), list(gradients), inputs=self._parameters)
 
-    def compute(self, steps: deque[Callable[[], None]], node: Node, gradients: Sequence[Any]) -> None:
+    def compute(self, steps: deque[_Step], node: Node, gradients: Sequence[Any]) -> None:
         """Compute the weights from what a node has saved; the graph has only what lies behind the node."""
         if gradients[0] is not None:
             if not self._known:
-                steps.append(self._finish_known)
+                steps.append(self)
             slots = self.slots[node]
             edges = [node.next_functions[slot] for slot in slots]
             self._known.append((edges, _nodes.weights_half(node, slots, gradients[0])))
@@ -91,11 +114,31 @@ def _same_end(edges: Sequence[tuple[Any, int]]) -> bool:
     return len(set(edges)) == 1
 
 
-class WeightBackward:
-    """What is left to do for the weights; call it once."""
+class _Whole:
+    """A backward that is put off as a whole."""
 
-    def __init__(self, steps: deque[Callable[[], None]]) -> None:
-        self._steps = steps
+    def __init__(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        self._outputs, self.kept = list(outputs), list(gradients)
+
+    def __call__(self) -> None:
+        torch.autograd.backward(self._outputs, self.kept)
+
+
+class WeightBackward:
+    """What is left to do for the weights; call it once.
+
+    Args:
+        steps: of it.
+        keeps_graph: whether the graph stays, with all that it has saved.
+    """
+
+    def __init__(self, steps: deque[_Step], keeps_graph: bool) -> None:
+        self._steps, self.keeps_graph = steps, keeps_graph
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Tensors that wait for the call, besides those of a graph that stays; some may share their memory."""
+        return [tensor for step in self._steps for tensor in step.kept]
 
     def __call__(self) -> None:
         """Add the gradients of the weights to their ``.grad``."""
@@ -117,13 +160,13 @@ def backward_inputs(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inpu
     asked = [leaf for leaf in inputs if leaf.requires_grad]
     wanted = {torch.autograd.graph.get_gradient_edge(leaf).node for leaf in asked}
     if not wanted:
-        return WeightBackward(deque([partial(torch.autograd.backward, list(outputs), list(gradients))]))
+        return WeightBackward(deque([_Whole(outputs, gradients)]), keeps_graph=True)
     graph = _Graph([output.grad_fn for output in outputs], wanted)
     junctions, now = graph.junctions()
     # the graph stays only where a product has to be left to it: kept activations make the first part slower, since
     # its gradients then go to memory that is new to the process
     known = all(junction.is_known for junction in junctions)
-    steps: deque[Callable[[], None]] = deque()
+    steps: deque[_Step] = deque()
     handles = [
         node.register_prehook(partial(junction.compute if known else junction.leave, steps, node))
         for junction in junctions
@@ -132,7 +175,16 @@ def backward_inputs(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inpu
     torch.autograd.backward(outputs, gradients, inputs=[*asked, *now], retain_graph=not known)
     for handle in handles:
         handle.remove()
-    return WeightBackward(steps)
+    return WeightBackward(steps, keeps_graph=not known)
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Those in nested tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
 
 
 def _root(node: Any, place: int) -> Any:

@@ -15,7 +15,7 @@ from lightning_tspipe.rivals import periods
 from lightning_tspipe.schedule import Costs
 from tests.benchmarks import report, scaling, suite
 from tests.benchmarks.measure import Measurement
-from tests.benchmarks.ours import MESSAGE_S
+from tests.benchmarks.ours import MESSAGE_S, PAPER
 from tests.benchmarks.problem import Problem
 from tests.benchmarks.results import Results
 from tests.benchmarks.scaling import FITTED, Overheads, checked, our_step, overheads, predictions, rival_steps
@@ -154,3 +154,18 @@ def test_clipping_changes_the_reference() -> None:
     free = Problem(2, 2, 4)
     pairs = zip(free.reference().parameters(), replace(free, exchange="clipping").reference().parameters(), strict=True)
     assert max((a - b).abs().max().item() for a, b in pairs) > 1e-2
+
+
+def test_the_papers_cut_is_of_the_same_batch() -> None:
+    """A student's microbatch has half of the rows and takes half as long; the teacher's are what they were."""
+    base = suite.GOALS[0].problem
+    halved = base.halved()
+    assert halved.name == "P=8 M=48 Mt=24 afab"
+    assert halved.work_s == pytest.approx(base.work_s)
+    assert (halved.samples() == base.samples()).all()
+    costs = halved.costs.per_action(halved.num_microbatches, halved.teacher_microbatches)
+    assert costs.t == pytest.approx(base.costs.t)
+    assert costs.f == pytest.approx([base.f / 2] * 8)
+    for networks, problem in zip(halved.networks(), (base, halved), strict=True):
+        assert [layer.forward_s for layer in networks] == [problem.f] * 8
+    assert any(contender == PAPER for case in suite.quick() for contender, _ in case.runs())

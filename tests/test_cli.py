@@ -203,8 +203,10 @@ def test_plan_measures_and_trains_nothing(seen: tuple[Path, list[str]]) -> None:
         cells = [cell.strip() for cell in row.split("|")]
         assert cells[0] == str(stage)
         assert float(cells[4]) > 0
-    assert re.search(r'^tspipe, schedule="afab" +\| any +\| \d+\.\d+ ', table, re.MULTILINE)
-    assert re.search(r"^DDP +\| any +\| \d+\.\d+ ", table, re.MULTILINE), "the bandwidth is known, so it is no bound"
+    assert re.search(r'^tspipe, schedule="afab" +\| any +\| \d+ +\| \d+\.\d+ ', table, re.MULTILINE)
+    assert re.search(r"^DDP +\| any +\| +\| \d+\.\d+ ", table, re.MULTILINE), (
+        "the bandwidth is known, so it is no bound"
+    )
     assert "The pipeline is NOT the better choice: an action takes 0." in table
     assert "as measured" not in other
     assert not list(folder.rglob("*.ckpt"))
@@ -243,6 +245,7 @@ def test_trace_shows_what_every_rank_did_beside_the_plan(seen: tuple[Path, list[
         (["--stages", "2", "--bandwidth_gb_s", "0"], "bandwidth_gb_s=0.0: give a positive number"),
         (["--stages", "0"], "stages is 0"),
         (["--stages", "2", "--microbatches", "0"], "microbatches is 0"),
+        (["--stages", "2", "--microbatches", "4", "--teacher_microbatches", "3"], "teacher_microbatches is 3 for 4"),
     ],
 )
 def test_plan_with_bad_costs_says_so(arguments: list[str], message: str) -> None:
@@ -258,10 +261,10 @@ def test_plan_from_costs(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--student_mb", "100", "--teacher_mb", "1000", "--activations_mb", "400", "--bandwidth_gb_s", "1"]
     main(["plan", "--stages", "4", "--t", "1", "--f", "[1,1,1,1]", "--microbatches", "12", *sizes])
     text = capsys.readouterr().out
-    assert text.startswith("4 ranks, 12 microbatches; a step is one batch:\n")
+    assert text.startswith("4 ranks, 12 microbatches, of the teacher Mt; a step is one batch:\n")
     rows = {cells[0]: cells[1:] for cells in ([*map(str.strip, line.split(" | "))] for line in text.splitlines())}
-    assert rows['tspipe, schedule="afab"'] == ["any", "48.00", "1.000", "1.00", "1.55", "?"]
-    assert rows["DDP"] == ["any", "174.00", "0.276", "3.62", "2.6", "?"]
+    assert rows['tspipe, schedule="afab"'] == ["any", "12", "48.00", "1.000", "1.00", "1.55", "?"]
+    assert rows["DDP"] == ["any", "", "174.00", "0.276", "3.62", "2.6", "?"]
     assert text.splitlines()[-1].startswith("The pipeline is the better choice")
     page = (ROOT / "docs/seeing.md").read_text()
     (shown,) = re.findall(

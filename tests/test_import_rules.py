@@ -19,11 +19,11 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 ORDER = (
     # stdlib only
     *("errors", "topology", "table", "schedule", "clock", "simulate"),
-    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "prospects", "perfetto"),
+    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "perfetto"),
     "picture",  # and Pillow, where it draws
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
-    *("partition", "teacher", "plan", "_nodes", "split", "reach"),
+    *("partition", "teacher", "plan", "prospects", "_nodes", "split", "reach"),
     # one rank at work
     *("stage", "data", "board", "edge", "channel", "comm", "replicas", "logrelay", "hooks", "scope", "lossside"),
     *("checkpoint", "stopwatch", "beside", "runtime", "replan", "measure", "placing", "counting", "randomness"),

@@ -120,6 +120,9 @@ def test_bytes_are_counted_once() -> None:
         views, cost = meter.student(layer, list(layer.parameters()), views, first=layer is first)
         costs.append(cost)
     assert [cost.held for cost in costs] == [5 * 4 * 4, 5 * 8 * 4, 0]
+    # a split backward needs the input and the gradient of a product; there is nothing to split in the first layer
+    assert [cost.pending for cost in costs] == [5 * 8 * 4, 0, 5 * (8 + 2) * 4]
+    assert [cost.keeps_graph for cost in costs] == [True, False, False]
     assert [cost.sent for cost in costs] == [5 * 8 * 4, 5 * 8 * 4, 5 * 2 * 4]
     assert [cost.parameters for cost in costs] == [(4 * 8 + 8) * 4, 0, (8 * 2 + 2) * 4]
     assert [cost.trained for cost in costs] == [cost.parameters for cost in costs]

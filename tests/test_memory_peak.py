@@ -12,12 +12,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
 from lightning_tspipe.checkpoint import Shards
+from lightning_tspipe.measure import Meter
 from lightning_tspipe.memory import trim
+from lightning_tspipe.split import backward_inputs
 from tests.multiproc import result_of
 from tests.scripts.small import network, trainer
 from tests.scripts.zygote import Zygote
@@ -194,6 +196,37 @@ def test_no_rank_ever_reads_the_whole_file(held: list[Any], way: str) -> None:
     """Its peak is its quarter twice: the pages of the file, and what it makes of them; less than one whole by far."""
     for rank in held:
         assert OWN <= rank[way]["set-up peak"] <= 2.5 * OWN, rank
+
+
+def test_a_split_backward_keeps_the_bytes_that_are_counted() -> None:
+    """All of a microbatch until its first part, and then what the weights need, which is more here."""
+    rows, layers = 1024, 4  # a layer's output has 2 MB
+
+    def in_use() -> int:
+        trim()  # what is freed does not count, also where a process has much of it from earlier tests
+        return status("VmRSS")
+
+    def run() -> tuple[list[int], list[int]]:
+        give_back_at(2**16)
+        parts = [part for _ in range(layers) for part in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+        meter, views, costs = Meter(torch.device("cpu")), [torch.randn(rows, WIDTH)], []
+        for part in parts:
+            views, cost = meter.student(part, [*part.parameters(), *part.buffers()], views, first=False)
+            costs.append(cost)
+        del views
+        stage, gradient = nn.Sequential(*parts), torch.randn(rows, WIDTH)
+        before = in_use()
+        input = torch.randn(rows, WIDTH, requires_grad=True)
+        output = stage(input)
+        held = in_use() - before
+        rest = backward_inputs([output], [gradient], [input])
+        del output, input.grad  # both are for other ranks
+        pending = in_use() - before
+        rest()
+        return [held, pending], [sum(cost.held for cost in costs), sum(cost.pending for cost in costs)]
+
+    for really, counted in zip(*result_of(run), strict=True):
+        assert 0.9 * counted <= really <= 1.1 * counted, (really, counted)
 
 
 def test_what_is_released_goes_back_to_the_system() -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from math import inf
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import nn
 
 from lightning_tspipe import plan
+from lightning_tspipe.arranging import Arrangement
 from lightning_tspipe.orders import Found, make_schedule
 from lightning_tspipe.partition import partition
+from lightning_tspipe.placement import Placement
 from lightning_tspipe.plan import Planner, estimate_costs, most_in_memory
 from lightning_tspipe.schedule import Costs, validate
 from lightning_tspipe.simulate import ReplayError, replay, timeline
@@ -95,6 +98,32 @@ def test_the_number_of_microbatches_is_for_the_backward_that_is_faster() -> None
         costs = replace(Costs.uniform(4, b=0.95, w=1.25), whole=(2.0,) * 4)
         tight = Planner(costs, True, "batch", split_backward=True, max_held=(most,) * 4)
         assert tight.microbatches == number
+
+
+def test_a_split_backward_has_a_bound_of_its_own() -> None:
+    """A microbatch takes 10 bytes, and 30 between the two parts of its backward."""
+    ones = (1.0,) * 3
+    names = ("0",), ("1",), ("2",)
+    placement = Placement(names, names, ones, ones, ones, ones, first=ones, rest=ones, weights=(0.0,) * 3,
+                          held=(10.0,) * 3, pending=(30.0,) * 3)  # fmt: skip
+
+    def planner(limit: float, schedule: str = "auto", loss_over: str = "microbatch") -> Planner:
+        arrangement: Any = object.__new__(Arrangement)
+        vars(arrangement).update(
+            _limit=limit, _schedule=schedule, _recompute=False, _microbatches=6, placement=placement,
+            _module=SimpleNamespace(momentum=0.9, teacher_delay=0, delay_from_step=1, loss_over=loss_over),
+            _trainer=SimpleNamespace(gradient_clip_val=None, precision_plugin=None),
+        )  # fmt: skip
+        return Arrangement.planner(arrangement, None, 2, None)
+
+    assert planner(inf).find(6).order == "zb"
+    for limit in (200, 100, 60):
+        held = timeline(planner(limit, "zb").schedule(6), Costs(ones, ones, ones, ones)).held
+        assert max(held) <= limit // 30
+    assert planner(25).find(6).order in ("afab", "1f1b")  # one microbatch until I, but none until W
+    assert planner(60, loss_over="batch").find(6).order == "afab"  # all at once
+    with pytest.raises(ValueError, match="A microbatch takes 30 bytes on rank 0, more than the 25"):
+        planner(25, "zb")
 
 
 def test_where_lookahead_is_enough_the_simple_order_is_kept() -> None:

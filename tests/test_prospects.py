@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from lightning_tspipe import rivals
@@ -164,12 +167,63 @@ def test_orders_keep_the_memory_that_there_is() -> None:
         assert bound.seconds >= free.seconds
 
 
+def test_a_split_backward_keeps_what_its_second_part_needs() -> None:
+    """Of one microbatch on two stages: 0.1 GB until I, and then less or more; with recomputation 0.01 until I."""
+
+    def peak(order: str, **sizes: float) -> float | None:
+        mine = pair(2, loss_over="microbatch", **{name: (size * GB,) * 2 for name, size in sizes.items()})
+        name = f'tspipe, schedule="{order}"'
+        return next(one.peak for one in prospects(mine, 1, Machine()) if one.name == name)
+
+    for order, extra in (("afab-split", 0.1), ("zb", 0.1), ("afab", 0.1)):
+        assert peak(order, pending=0.05) == pytest.approx((0.35 + extra) * GB)
+    assert peak("zb", pending=0.3) == pytest.approx((0.35 + 0.3) * GB)
+    assert peak("1f1b", pending=0.3) == pytest.approx((0.35 + 0.1) * GB)
+    assert peak("zb", pending=0.05, passed=0.01) == pytest.approx((0.35 + 0.1 + 0.01) * GB)
+    assert peak("zb", pending=0.3, passed=0.01) == pytest.approx((0.35 + 0.3) * GB)
+
+
+@pytest.mark.parametrize("late", [0.05, 0.1, 0.2])
+def test_a_split_order_keeps_the_memory_that_there_is(late: float) -> None:
+    """Also where W needs more than the whole microbatch did."""
+    mine = pair(loss_over="microbatch", pending=(late * GB,) * 4)
+    bound = 0.35 + 5 * max(late, 0.1)
+    found = {one.name: one for one in prospects(mine, 12, Machine(GB, bound * GB))}
+    peak = found['tspipe, schedule="zb"'].peak
+    assert peak is not None
+    assert peak <= (bound + 1e-9) * GB
+    free = {one.name: one for one in prospects(mine, 12, Machine(GB))}['tspipe, schedule="zb"'].peak
+    assert free is not None
+    assert free > bound * GB or late < 0.1
+
+
 def test_recomputation_keeps_little_and_one_microbatch_whole() -> None:
     """0.01 GB per microbatch and stage, and 0.1 once; a split backward keeps all until its second half."""
     lean = {one.name: one.peak for one in prospects(pair(passed=(0.01 * GB,) * 4), 12, Machine())}
     assert lean['tspipe, schedule="afab"'] == pytest.approx((0.35 + 0.1 + 12 * 0.01) * GB)
-    assert lean['tspipe, schedule="afab-split"'] == pytest.approx((0.35 + 12 * 0.1) * GB)
+    assert lean['tspipe, schedule="afab-split"'] == pytest.approx((0.35 + 12 * 0.1 + 0.01) * GB)
     assert lean["DDP"] == pytest.approx((1.4 + (4 * 0.01 + 0.1) * 3) * GB)
+
+
+def test_each_order_has_as_many_of_the_teachers_microbatches_as_a_run_would_have() -> None:
+    """With t = 3f and no more microbatches than stages a full backward is faster with smaller ones of the teacher."""
+    slow = pair(4, costs=Costs.uniform(4, 3 * MS, MS, MS, MS), loss_over="microbatch")
+    ours = {
+        count: {one.name: one for one in prospects(replace(slow, teacher_microbatches=count), 4, Machine()) if one.ours}
+        for count in ("auto", None, 2)
+    }
+    name = 'tspipe, schedule="1f1b"'
+    assert ours["auto"][name].teacher in (8, 16)
+    assert ours["auto"][name].seconds < 0.99 * ours[None][name].seconds
+    for count, expected in ((None, 4), (2, 2)):
+        assert {one.teacher for one in ours[count].values()} == {expected}
+    few = prospects(replace(slow, teacher_microbatches="auto", rows=4), 4, Machine())
+    assert {one.teacher for one in few if one.ours} == {4}  # there are no more rows
+    assert re.search(
+        r'^tspipe, schedule="1f1b" +\| per microbatch \| 4 ', report(slow, 4, Machine(), few), re.MULTILINE
+    )
+    with pytest.raises(ValueError, match="teacher_microbatches is 3 for 4 microbatches: give a multiple or a divisor"):
+        prospects(replace(slow, teacher_microbatches=3), 4, Machine())
 
 
 def test_what_is_not_known_is_said() -> None:
@@ -190,6 +244,6 @@ def test_the_table_marks_bounds_and_what_no_loss_over_the_batch_can_have() -> No
         rows = {
             line.split(" | ")[0].strip(): [cell.strip() for cell in line.split(" | ")] for line in text.splitlines()
         }
-        assert rows["DDP"][1:] == ["any", ">= 48.00", "<= 1.000", ">= 1.00", "2.6", "NO"]
-        assert rows["1F1B, teacher fused"][1:] == ["per microbatch", "60.00", "0.800", "1.25", "0.75", "yes"]
+        assert rows["DDP"][1:] == ["any", "", ">= 48.00", "<= 1.000", ">= 1.00", "2.6", "NO"]
+        assert rows["1F1B, teacher fused"][1:] == ["per microbatch", "", "60.00", "0.800", "1.25", "0.75", "yes"]
         assert "ZBV is a greedy order" in text

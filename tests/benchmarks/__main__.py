@@ -26,7 +26,7 @@ from tests.benchmarks import scaling as paper  # noqa: E402
 from tests.benchmarks.balance import Cut, measure_balance  # noqa: E402
 from tests.benchmarks.measure import Measurement  # noqa: E402
 from tests.benchmarks.monitor import Cost, measure_monitor  # noqa: E402
-from tests.benchmarks.ours import measure_ours  # noqa: E402
+from tests.benchmarks.ours import PAPER, measure_ours  # noqa: E402
 from tests.benchmarks.overhead import NUM_STAGES, Overhead, measure_overhead  # noqa: E402
 from tests.benchmarks.pairs import PAIRS  # noqa: E402
 from tests.benchmarks.planning import Plan, measure_planning  # noqa: E402
@@ -78,7 +78,8 @@ def emulated(results: Results) -> Figures:
     print(f"emulated stages: {len(todo)} runs, about {minutes:.0f} minutes; {len(runs)} are in the file", flush=True)
     print_header("emulated stages | contender | s per step | utilization | error")
     for contender, problem in todo:
-        run = measure_ours(problem) if contender == "tspipe" else measure_rival(contender, problem)
+        is_ours = contender in ("tspipe", PAPER)
+        run = measure_ours(problem, contender) if is_ours else measure_rival(contender, problem)
         runs.append(run)
         results.keep("emulated", runs)
         print_row(f"{run.problem} | {run.contender} | {run.step_s:.3f} | {run.utilization:.3f} | {run.error:.0e}")

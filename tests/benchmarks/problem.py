@@ -30,6 +30,7 @@ class Problem:
         delay: Updates by which a momentum teacher is late.
         loss_over: What a loss sees; it is the same loss either way.
         order: Ours; the rivals have their own.
+        teacher_microbatches: Of the teacher, a divisor of M; None: M. Only we run that.
         exchange: What makes all stages wait for each other before an optimizer step, if anything: clipping by the norm
             of all gradients, or the check of a loss scale. Only we run that.
         chunks: Layers of each network per process, of which each takes its share of the seconds.
@@ -48,6 +49,7 @@ class Problem:
     delay: int = 0
     loss_over: Literal["batch", "microbatch"] = "batch"
     order: str = "afab"
+    teacher_microbatches: int | None = None
     exchange: Exchange | None = None
     chunks: int = 1
     width: int = 8
@@ -59,7 +61,8 @@ class Problem:
         t = "" if self.t == self.f else f" t={self.t / self.f:g}f"
         exact = "" if self.momentum is None or self.delay else " exact"
         exchange = f" {self.exchange}" if self.exchange else ""
-        return f"P={self.num_stages} M={self.num_microbatches}{t}{exact} {self.order}{exchange}"
+        teacher = f" Mt={self.teacher_microbatches}" if self.teacher_microbatches else ""
+        return f"P={self.num_stages} M={self.num_microbatches}{teacher}{t}{exact} {self.order}{exchange}"
 
     @property
     def work_s(self) -> float:
@@ -83,10 +86,17 @@ class Problem:
         times = {name: self.num_microbatches * getattr(self, name) for name in "tfbw"}
         return replace(self, num_microbatches=1, rows=self.num_microbatches * self.rows, **times)
 
+    def halved(self) -> "Problem":
+        """The same batch with the student's microbatches half as large as the teacher's, as the paper has them."""
+        times = {name: getattr(self, name) / 2 for name in "tfbw"}
+        count, rows = self.num_microbatches, self.rows // 2
+        return replace(self, num_microbatches=2 * count, teacher_microbatches=count, rows=rows, order="afab", **times)
+
     def networks(self, emulate: bool = True) -> tuple[nn.Sequential, nn.Sequential]:
         """Teacher and student, the same numbers whoever asks."""
         count = self.num_stages * self.chunks
-        seconds = [value / self.chunks if emulate else 0.0 for value in (self.t, self.f, self.b, self.w)]
+        t = self.t * self.num_microbatches / (self.teacher_microbatches or self.num_microbatches)
+        seconds = [value / self.chunks if emulate else 0.0 for value in (t, self.f, self.b, self.w)]
         with torch.random.fork_rng():
             torch.manual_seed(1)
             teacher = nn.Sequential(*[EmulatedLayer(self.width, seconds[0], 0.0, 0.0) for _ in range(count)])

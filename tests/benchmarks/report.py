@@ -131,7 +131,19 @@ def fill(page: str, results: dict[str, Any]) -> str:
     return page
 
 
-COLORS = ("#1b6e3c", "#7aa6d1", "#4779ad", "#c9b27c", "#a8894a", "#b98bbd", "#d0806f", "#a34b3c", "#999999", "#666666")
+COLORS = (
+    "#1b6e3c",
+    "#6fae5c",
+    "#7aa6d1",
+    "#4779ad",
+    "#c9b27c",
+    "#a8894a",
+    "#b98bbd",
+    "#d0806f",
+    "#a34b3c",
+    "#999999",
+    "#666666",
+)
 ROW, LEFT, SCALE = 17, 400, 560  # pixels: of a bar, of the names, of a utilization of 1
 
 

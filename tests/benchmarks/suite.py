@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from tests.benchmarks.ours import PAPER
 from tests.benchmarks.problem import Problem
 from tests.benchmarks.rivals import RIVALS, WHOLE
 
@@ -31,7 +32,7 @@ class Case:
         """Every contender, and what it runs."""
         yield "tspipe", self.problem
         for rival in self.rivals:
-            yield rival, replace(self.problem, num_steps=NUM_STEPS_RIVALS)
+            yield rival, replace(self.problem, num_steps=NUM_STEPS if rival == PAPER else NUM_STEPS_RIVALS)
 
 
 def unit(num_stages: int, num_microbatches: int, order: str, **others: object) -> Problem:
@@ -59,17 +60,18 @@ WAITING = (
 
 def quick() -> list[Case]:
     """What is to be reached, and the rivals where bubbles are said to be none with a whole backward."""
-    return [replace(GOALS[0], rivals=FUSED), *GOALS[1:], *WAITING]
+    return [replace(GOALS[0], rivals=(PAPER, *FUSED)), *GOALS[1:], *WAITING]
 
 
 def full() -> list[Case]:
     """Every number of stages; every rival with our microbatches, and with as many as are best for it, too."""
     cases = [replace(case, rivals=FUSED) for case in GOALS]
-    cases[0] = replace(cases[0], rivals=(*RIVALS, *WHOLE))
-    cases[4] = replace(cases[4], rivals=(*RIVALS, *WHOLE))
-    cases += [Case(unit(count, 3 * count, "afab"), rivals=(*RIVALS, *WHOLE)) for count in (2, 4)]
+    everyone = (PAPER, *RIVALS, *WHOLE)
+    cases[0] = replace(cases[0], rivals=everyone)
+    cases[4] = replace(cases[4], rivals=everyone)
+    cases += [Case(unit(count, 3 * count, "afab"), rivals=everyone) for count in (2, 4)]
     most = [*(unit(count, MOST, "afab") for count in (2, 4, 8, 16)), replace(GOALS[5].problem, num_microbatches=MOST)]
-    return [*cases, *WAITING, *(Case(problem, rivals=tuple(RIVALS)) for problem in most)]
+    return [*cases, *WAITING, *(Case(problem, rivals=(PAPER, *RIVALS)) for problem in most)]
 
 
 def seconds(contender: str, problem: Problem) -> float:
@@ -79,6 +81,6 @@ def seconds(contender: str, problem: Problem) -> float:
         step *= stages
     elif contender in WHOLE:
         step += (stages - 1) * problem.num_microbatches * (problem.work_s / problem.num_microbatches - problem.t)
-    elif contender != "tspipe":
+    elif contender not in ("tspipe", PAPER):
         step *= 1 + (stages - 1) / problem.num_microbatches
     return START_S + problem.num_steps * step * 1.04
