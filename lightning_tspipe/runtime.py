@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from lightning_tspipe import tree
+from lightning_tspipe.beside import Beside
 from lightning_tspipe.channel import Channel
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, shapes_of
@@ -76,6 +77,7 @@ class Runtime:
         self._place, self._last = topology.stage, topology.is_last
         self._parameters, self._replicas = parameters, replicas
         world = comm.alone if comm is not None else None
+        self._beside = Beside(stage.device) if comm is None else None
         self._loss = LossSide(stage, comm, loss_over, topology, world if replicas is None else replicas.group)
         self._span = span
         self._done: Counter[int] = Counter()  # batch -> teacher forwards already made
@@ -165,6 +167,8 @@ class Runtime:
         watch = self.stopwatch
         if watch is not None:
             watch.next_step()
+        if self._beside is not None:
+            self._beside.next_step()
         self._loss.begin(batch, hooks)
         self._name(batch)
         asked = False
@@ -305,7 +309,12 @@ class Runtime:
         index = batch.info.index
         if self._teacher is not None and index in self._versions:
             self._teacher.advance(self._versions[index], self._completed)
-        outputs = self._stage.teacher_forward((index, q), views)
+        if self._beside is None or self.stopwatch is not None:  # which times one stream
+            outputs = self._stage.teacher_forward((index, q), views)
+        else:
+            with self._beside.run():
+                outputs = self._stage.teacher_forward((index, q), views)
+            self._beside.give(outputs)
         self._done[index] += 1
         if self._last:
             self._loss.keep_teacher(index, outputs)
@@ -354,6 +363,8 @@ class Runtime:
         work = (batch.info.index, q)
         if self._last:
             start = time.perf_counter()
+            if self._beside is not None:
+                self._beside.join()
             gradients = self._loss.gradients(batch, q)
         else:
             self._loss.take_report(batch, q)

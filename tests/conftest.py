@@ -10,15 +10,21 @@ from collections.abc import Iterator
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch.distributed as dist
 
-from tests.scripts.zygote import Zygote
+from tests.scripts.hiding import LARGE, Hide
+
+HIDE = Hide(LARGE)  # while tests are collected: less to import, and less memory for every fork to copy
+
+import torch.distributed as dist  # noqa: E402
+
+from tests.scripts.zygote import Zygote  # noqa: E402
 
 LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
 
 
 def pytest_collection_finish() -> None:
     """Most tests fork: what is there by now is not for a child's garbage collector, which would copy all its memory."""
+    HIDE.end()
     gc.collect()
     gc.freeze()
 

@@ -9,6 +9,7 @@ import copy
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_tspipe import PipelineMonitor, PipelineTrace, TeacherStudentModule, TSPipeStrategy, edge
 from lightning_tspipe.comm import Comm
-from tests.multiproc import Fit, run_fits
+from lightning_tspipe.stage import Stage
+from tests.multiproc import Fit, result_of, run_fits
 from tests.scripts.zygote import Zygote
 
 pytestmark = pytest.mark.timeout(120)
@@ -74,7 +76,10 @@ class Normed(Pair):
 
 
 class Unsynchronised(L.Callback):
-    """Makes every wait of the host for the device an error, from the third batch on."""
+    """Makes every wait of the host for the device an error, from the third batch on, and growing memory, too."""
+
+    def __init__(self) -> None:
+        self.peaks: list[int] = []  # bytes that were taken on the device, by epoch
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if GPUS:
@@ -83,6 +88,12 @@ class Unsynchronised(L.Callback):
     def on_train_epoch_end(self, *_: Any) -> None:
         if GPUS:
             torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+            self.peaks.append(torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_end(self, *_: Any) -> None:
+        assert all(later <= 1.1 * self.peaks[0] for later in self.peaks[1:]), self.peaks
 
 
 def batches() -> DataLoader[Any]:
@@ -192,6 +203,99 @@ def test_one_stage_never_waits_for_the_device(
 @pytest.mark.parametrize("module", WAITS)
 def test_nccl_never_waits_for_the_device(zygote: Zygote, tmp_path: Path, device: str, module: dict[str, Any]) -> None:
     run(zygote, tmp_path / "pipe", ["cuda:0", "cuda:1"], "nccl", unsynchronised=module)
+
+
+class Slow(nn.Module):
+    """Keeps its stream busy, and notes when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[tuple[Any, Any]] = []
+
+    def forward(self, x: Any) -> Any:
+        pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        pair[0].record()
+        torch.cuda._sleep(20_000_000)
+        pair[1].record()
+        self.times.append(pair)
+        return x
+
+
+def overlapping(rank: int, out: Path) -> None:
+    """Trains on one GPU; of each step, what share of the teacher's time was left when the student began."""
+    module = Pair()
+    slow = Slow(), Slow()
+    module.student = nn.Sequential(module.student, slow[0])
+    module.teacher = nn.Sequential(module.teacher, slow[1])
+    strategy = TSPipeStrategy(microbatches=2, parallel_devices=[torch.device("cuda:0")])
+    options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+    L.Trainer(strategy=strategy, max_steps=6, logger=False, enable_checkpointing=False, **options).fit(
+        module, batches()
+    )
+    torch.cuda.synchronize()
+    found = []
+    for first in range(0, 12, 2):  # two microbatches per step
+        begin, end = slow[1].times[first][0], slow[1].times[first + 1][1]
+        found.append(slow[0].times[first][0].elapsed_time(end) / begin.elapsed_time(end))
+    (out / "found.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("device", [on("cuda")])
+def test_one_stage_runs_both_networks_at_once(zygote: Zygote, tmp_path: Path, device: str) -> None:
+    codes = zygote.run("tests.test_cuda:overlapping", 1, tmp_path, deadline=90)
+    assert codes == [0], (tmp_path / "0.txt").read_text()
+    shares = json.loads((tmp_path / "found.json").read_text())
+    assert min(shares[2:]) > 0.5, "one after the other, nothing would be left"
+
+
+class Streams:
+    """A device's streams, as far as `Beside` needs them: what was given to which, in order."""
+
+    def __init__(self, name: str = "first") -> None:
+        self.name, self.log, self.current = name, list[str](), self
+
+    def Stream(self, device: torch.device) -> Streams:
+        self.second = Streams("second")
+        self.second.log = self.log
+        return self.second
+
+    def current_stream(self, device: torch.device) -> Streams:
+        return self.current
+
+    def wait_stream(self, other: Streams) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def stream(self, stream: Streams) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+def test_the_order_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one stage: the teacher beside the student, from the step's start to its loss, and nothing else."""
+    streams = Streams()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
+    for name in ("teacher_forward", "student_forward", "backward"):
+        method = getattr(Stage, name)
+
+        def noted(*args: Any, name: str = name, method: Any = method) -> Any:
+            streams.log.append(f"{streams.current.name} {name}")
+            return method(*args)
+
+        monkeypatch.setattr(Stage, name, noted)
+
+    def train() -> list[str]:
+        trainer = L.Trainer(
+            accelerator="cpu", devices=1, strategy=TSPipeStrategy(microbatches=2), max_steps=2, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(Pair(), batches())
+        return streams.log
+
+    step = ["second waits for first", *["second teacher_forward"] * 2, *["first student_forward"] * 2]
+    step += ["first waits for second", "first backward"] * 2
+    assert result_of(train) == step * 2
 
 
 @pytest.mark.parametrize("stages", [2, 3])

@@ -26,7 +26,7 @@ ORDER = (
     *("partition", "teacher", "plan", "_nodes", "split", "reach"),
     # one rank at work
     *("stage", "data", "board", "edge", "channel", "comm", "replicas", "logrelay", "hooks", "scope", "lossside"),
-    *("checkpoint", "stopwatch", "runtime", "replan", "measure", "placing", "counting", "randomness"),
+    *("checkpoint", "stopwatch", "beside", "runtime", "replan", "measure", "placing", "counting", "randomness"),
     # what meets Lightning
     *("_lightning", "_loaders", "_metrics", "whole", "launching", "module", "example", "processes", "feed"),
     *(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.ports import free_port
+from tests.scripts.hiding import LARGE, Hide
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -141,7 +142,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    hide = Hide(LARGE)
     _warm_up("lightning_tspipe")
+    hide.end()
     for line in sys.stdin:
         print(json.dumps(_serve(json.loads(line))), flush=True)
 
