@@ -25,10 +25,11 @@ from lightning_tspipe.data import shapes_of
 from lightning_tspipe.edge import Edge, connect
 from lightning_tspipe.topology import Topology
 
-# bytes of shared memory for what goes to the next stage, to the one before, from the first to all, and to the last
+# bytes of shared memory for what goes to the next stage, to the one before, from the first to all, from all to the
+# first, and from the first to the last
 DOWN = {"T": 1 << 21, "F": 1 << 21, "D": 1 << 16}
 UP = {"B": 1 << 21, "L": 1 << 16, "U": 1 << 16, "relay line": 1 << 16}
-HEADERS, TARGETS = {"header line": 1 << 16}, {"Y": 1 << 16}
+HEADERS, REPORTS, TARGETS = {"header line": 1 << 16}, {"report line": 1 << 16}, {"Y": 1 << 16}
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Comm(Links):
                 continue
             down = {**(DOWN if below == above + 1 else {}), **(HEADERS if above == 0 else {})}
             down |= TARGETS if (above, below) == (0, last) else {}
-            up = UP if below == above + 1 else {}
+            up = {**(UP if below == above + 1 else {}), **(REPORTS if above == 0 else {})}
             own, others = (down, up) if self.stage == above else (up, down)
             peer = above + below - self.stage
             line = Line(self, "share", peer)

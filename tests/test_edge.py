@@ -108,6 +108,61 @@ def test_kinds_and_directions_do_not_wait_for_each_other(ends: Any) -> None:
             assert buffer.tolist() == [number, place]
 
 
+def test_only_who_sleeps_is_woken(ends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there before it is asked for costs no call of the kernel at either end."""
+    first, second = ends
+    wakes: list[int] = []
+    write = os.eventfd_write
+    monkeypatch.setattr(os, "eventfd_write", lambda *args: (wakes.append(1), write(*args)))
+    buffer = torch.zeros(1, dtype=torch.int64)
+    for _ in range(3):
+        assert first.ends["T"].exchange([buffer])
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "eventfd_read")
+        for _ in range(3):
+            assert second.ends["T"].exchange([buffer])
+    assert wakes == []
+    threading.Timer(0.1, lambda: [first.ends["T"].exchange([buffer]) for _ in range(3)]).start()
+    for _ in range(3):
+        assert second.ends["T"].exchange([buffer])
+    assert wakes in ([1], [1, 1])  # one more if the receiver was quick to sleep again
+
+
+def test_no_wake_up_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that wait for each other's answers, thousands of times: nobody has to look for himself."""
+    monkeypatch.setattr(edge, "LOOK_S", 100.0)
+    rounds, context = 5000, multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+
+    def play(end: Any, inward: str, outward: str) -> None:
+        buffer = torch.zeros(1, dtype=torch.int64)
+        for number in range(rounds):
+            assert end.ends[outward].exchange([torch.tensor([number])])
+            assert end.ends[inward].exchange([buffer])
+            assert buffer.item() == number
+
+    def child() -> None:
+        play(connect(True, *SMALL, there.send, there.recv, 5.0), "B", "T")
+
+    process = context.Process(target=child)
+    process.start()
+    end = connect(False, *reversed(SMALL), here.send, here.recv, 5.0)
+    play(end, "T", "B")
+    process.join(10)
+    assert process.exitcode == 0
+    end.close()  # type: ignore[union-attr]
+
+
+def test_who_was_not_woken_looks_for_himself(ends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = ends
+    monkeypatch.setattr(edge, "LOOK_S", 0.05)
+    monkeypatch.setattr(os, "eventfd_write", lambda *_: None)
+    threading.Timer(0.1, lambda: first.ends["T"].exchange([torch.tensor([7])])).start()
+    buffer = torch.zeros(1, dtype=torch.int64)
+    assert second.ends["T"].exchange([buffer])
+    assert buffer.item() == 7
+
+
 def test_a_receiver_sleeps_until_the_message_comes(ends: Any) -> None:
     first, second = ends
     threading.Timer(0.1, lambda: first.ends["T"].exchange([torch.tensor([7])])).start()
