@@ -21,13 +21,14 @@ from lightning_tspipe.module import TeacherStudentModule, looks_ahead
 from lightning_tspipe.orders import SPLIT
 from lightning_tspipe.partition import Balance, Layers, Partition, chosen, explicit_cuts, find_layers
 from lightning_tspipe.placement import Placement
-from lightning_tspipe.placing import Placer, check_same, fewest_in_flight, named
-from lightning_tspipe.plan import Planner, estimate_costs, most_in_memory
+from lightning_tspipe.placing import Placer, check_same, fewest_in_flight, named, rows_of
+from lightning_tspipe.plan import Planner, estimate_costs, fastest_count, most_in_memory
 from lightning_tspipe.randomness import kept
 from lightning_tspipe.steps import Options
 from lightning_tspipe.taps import TapError
 from lightning_tspipe.topology import Topology
 
+FEWER = 4  # times less rows in a second measurement, from which the fixed part of a pass follows
 FREE = 0.9  # the share of a device's memory that a plan may fill; the rest is fragments, kernels and messages
 
 
@@ -107,7 +108,10 @@ class Arrangement:
         """Measure in the first pipeline; the others take what it finds."""
         stages = self._topology.stages
         count = microbatches if isinstance(microbatches, int) else 3 * (stages - 1)
-        sample = examples.sample(count) if self._trainer.global_rank == 0 else None
+        sample, small = None, None
+        if self._trainer.global_rank == 0:
+            sample, small = examples.sample(count), examples.sample(FEWER * count) if microbatches == "auto" else None
+            small = small if sample and small and 2 <= rows_of(small) < rows_of(sample) else None
         found: Placement | ValueError | None = None
         if self._topology.replica == 0:
             assert self._comm is not None
@@ -115,7 +119,8 @@ class Arrangement:
             recompute = self._recompute, self._keeps_inputs
             placer = Placer(layers, stages, self._comm, self._device, context, *recompute)
             with kept(self._device, *self._module.modules()):
-                found = placer.find(sample, self._limit, fewest_in_flight(self._module.loss_over, count, stages))
+                in_flight = fewest_in_flight(self._module.loss_over, count, stages)
+                found = placer.find(sample, self._limit, in_flight, small)
         found = self._broadcast(found)
         if isinstance(found, ValueError):
             raise found
@@ -124,13 +129,33 @@ class Arrangement:
         return layers.cut(*found.sizes), found
 
     def planner(self, options: Options | None, post_ahead: int, resumed: int | None) -> Planner:
-        """What plans the steps.
+        """What plans the steps; the costs of the placement are of microbatches as large as its ones from now on.
 
         Args:
             options: of torch.compile; the backward of a compiled stage is one piece.
             post_ahead: see `Planner`.
             resumed: microbatches per batch of the run that is resumed.
         """
+        planner = self._planner(options, post_ahead)
+        if self._microbatches != "auto":
+            return planner
+        known = self.placement.microbatches if resumed is None else resumed
+        if not self._rows:  # nothing that was measured would depend on it
+            planner.microbatches = known or planner.microbatches
+            return planner
+        measured = self.placement
+
+        def of(microbatches: int) -> Planner:
+            self.placement = measured.of_rows(self._rows / microbatches)
+            return self._planner(options, post_ahead)
+
+        count = known or fastest_count(self._topology.stages, planner.microbatches, of, int(self._rows) // 2)
+        planner = of(count)
+        planner.microbatches = count
+        return planner
+
+    def _planner(self, options: Options | None, post_ahead: int) -> Planner:
+        """For microbatches as large as those of the placement's costs."""
         module = self._module
         costs = self.placement.costs
         if costs is None:
@@ -146,7 +171,7 @@ class Arrangement:
                 if self._schedule in SPLIT:
                     raise
                 split = False
-        planner = Planner(
+        return Planner(
             costs,
             looks_ahead(module),
             module.loss_over,
@@ -157,10 +182,6 @@ class Arrangement:
             max_held=self._max_held(False),
             max_held_split=held_split,
         )
-        if self._microbatches == "auto":
-            found = self.placement.microbatches or planner.microbatches
-            planner.microbatches = found if resumed is None else resumed
-        return planner
 
     def teacher_microbatches(self, planner: Planner, microbatches: int, resumed: Mapping[str, Any]) -> int:
         """How many the teacher has: what the user gave, what a resumed run or a saved plan had, or what pays.

@@ -20,7 +20,7 @@ from lightning_tspipe.stage import own_input
 
 ROUNDS = 4  # of which the fastest counts, pass by pass
 ENOUGH = 1.0  # seconds after which a layer is not run again
-REPEATS, ENOUGH_FOR_ALL = 3, 2.0  # the same for all layers of a rank, one after the other
+REPEATS = 3  # of all layers of a rank, one after the other
 PING_BYTES = 4 << 20
 PINGS = 10
 SUMMED = ("forward", "inputs", "weights", "first", "rest", "held", "pending")  # over the views
@@ -268,18 +268,19 @@ def _until(enough: float, most: int) -> Iterator[int]:
         yield number
 
 
-def fastest(measure: Callable[[], tuple[Any, list[LayerCost]]]) -> tuple[Any, list[LayerCost]]:
+def fastest(measure: Callable[[], tuple[Any, list[LayerCost]]], enough: float = 2.0) -> tuple[Any, list[LayerCost]]:
     """Measure layers again after all others were, and take each one's fastest.
 
     The first time a layer's memory may be new to the process, which costs up to as much as the layer's own work.
 
     Args:
         measure: gives something, and what every layer costs.
+        enough: seconds after which it is not called again.
 
     Returns:
         What it gave the last time, and what every layer costs.
     """
-    values, costs = zip(*(measure() for _ in _until(ENOUGH_FOR_ALL, REPEATS)), strict=True)
+    values, costs = zip(*(measure() for _ in _until(enough, REPEATS)), strict=True)
     best = [min(of_layer, key=lambda cost: cost.seconds) for of_layer in zip(*costs, strict=True)]
     # later, an address of what is freed may be another layer's, which then would not count
     return values[-1], [replace(cost, held=first.held) for cost, first in zip(best, costs[0], strict=True)]

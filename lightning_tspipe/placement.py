@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from operator import add
@@ -13,6 +14,7 @@ from lightning_tspipe.schedule import Costs
 from lightning_tspipe.table import table
 
 MIB = 2**20
+TIMED = ("t", "f", "b", "w", "first", "rest")
 PASSES = {"t": "T ms", "f": "F ms", "again": "F again ms", "b": "I ms", "w": "W ms", "messages": "messages ms"}
 
 
@@ -34,6 +36,8 @@ class Placement:
         rows: samples of a microbatch in the measurement.
         microbatches, teacher_microbatches: per batch, of the student and of the teacher, if numbers were chosen.
         recompute: whether each backward begins with its forward again.
+        fixed: what of the seconds of `TIMED`, column by column, a microbatch takes however few samples it has; empty:
+            nothing, or not measured.
     """
 
     student: tuple[tuple[str, ...], ...]
@@ -54,6 +58,7 @@ class Placement:
     rest: tuple[float, ...] = ()
     teacher_microbatches: int | None = None
     pending: tuple[float, ...] = ()
+    fixed: tuple[tuple[float, ...], ...] = ()
 
     @property
     def stages(self) -> int:
@@ -70,13 +75,45 @@ class Placement:
         """For the schedule; None where nothing was measured."""
         if not self.t:
             return None
-        costs = Costs(self.t, self.f, self.b, self.w, self.message)
+        costs = Costs(self.t, self.f, self.b, self.w, self.message, t_fixed=self.fixed[0] if self.fixed else ())
         if self.first:
             whole = tuple(map(add, self.b, self.w))
             # the first stage owes nobody a gradient: its backward is put off as a whole
             first, rest = (0.0, *self.first[1:]), (whole[0], *self.rest[1:])
             costs = replace(costs, b=first, w=rest, whole=whole)
         return costs.recomputed() if self.recompute else costs
+
+    def of_rows(self, rows: float) -> Placement:
+        """The same stages with microbatches of so many samples: passes have a fixed part, all else is in proportion.
+
+        Args:
+            rows: samples.
+        """
+        share = rows / self.rows
+        columns = {name: getattr(self, name) for name in (*TIMED, "messages", "held", "passed", "pending")}
+        fixed = dict(zip(TIMED, self.fixed, strict=True)) if self.fixed else {}
+        changed: dict[str, Any] = {
+            name: tuple(
+                same + share * (value - same)
+                for value, same in zip(column, fixed.get(name) or (0.0,) * len(column), strict=True)
+            )
+            for name, column in columns.items()
+        }
+        return replace(self, rows=math.ceil(rows), message=share * self.message, **changed)
+
+    def with_fixed(self, small: Placement) -> Placement:
+        """With the fixed parts of the passes, from a straight line through these seconds and those of another size.
+
+        Args:
+            small: the same stages, with fewer samples.
+        """
+
+        def fixed(seconds: float, fewer: float) -> float:
+            each = (seconds - fewer) / (self.rows - small.rows)
+            return max(0.0, seconds - self.rows * min(max(each, 0.0), seconds / self.rows))
+
+        pairs = ((getattr(self, name), getattr(small, name)) for name in TIMED)
+        return replace(self, fixed=tuple(tuple(map(fixed, *pair)) for pair in pairs))
 
     @property
     def busy(self) -> list[float]:

@@ -23,6 +23,7 @@ from lightning_tspipe.recording import tensors_of
 from lightning_tspipe.schedule import LossOver
 
 Sample = dict[str, list[Any]]
+ENOUGH_FOR_ALL = 2.0, 0.2  # seconds after which a rank's layers are not measured again, with many rows and with few
 
 
 def named(parts: Partition) -> Placement:
@@ -154,7 +155,11 @@ class Placer(Cutter):
         self._tensors = {name: tensors_of(network) for name, network in layers.networks.items()}
 
     def find(
-        self, sample: Sample | None, limit: float = math.inf, in_flight: Sequence[int] = ()
+        self,
+        sample: Sample | None,
+        limit: float = math.inf,
+        in_flight: Sequence[int] = (),
+        small: Sample | None = None,
     ) -> Placement | ValueError | None:
         """The stages, on rank 0; by parameters if there is nothing to measure with.
 
@@ -162,6 +167,7 @@ class Placer(Cutter):
             sample: one microbatch of each network's input, view by view, on rank 0; None if there is none.
             limit: bytes per rank for weights, gradients, optimizer state and activations.
             in_flight: microbatches per stage whose activations are held at once.
+            small: as `sample`, of fewer rows, to learn what of the seconds does not depend on these.
 
         Returns:
             On rank 0 the plan, or an error for every rank to raise: no cut keeps the limit. None elsewhere.
@@ -169,19 +175,35 @@ class Placer(Cutter):
         first = self._layers.cut(*self._layers.by_parameters(self._stages))
         if not self._comm.share(sample is not None, 0):
             return named(first)
-        mine = [self._measure(network, first, (sample or {}).get(network)) for network in ("student", "teacher")]
+        samples = [sample, small] if self._comm.share(small is not None, 0) else [sample]
+        costs = [self._of_all(first, one, enough) for one, enough in zip(samples, ENOUGH_FOR_ALL, strict=False)]
         message = self._meter.message(self._comm)
-        gathered = self._comm.gather(mine)
-        if gathered is None or sample is None:
+        if sample is None:
             return None
-        student, teacher = ([cost for rank in gathered for cost in rank[place]] for place in (0, 1))
-        rows = len(tree.flatten(sample["student"])[0][0])
+        (student, teacher), *others = costs
         try:
-            return self.place(student, teacher, message, rows, limit, in_flight)
+            found = self.place(student, teacher, message, rows_of(sample), limit, in_flight)
         except ValueError as error:
             return error
+        for less, fewer in zip(others, samples[1:], strict=True):
+            assert fewer is not None
+            chains = chain_of(less[0], message, 2), chain_of(less[1], message, 1)
+            parts = self._layers.cut(*found.sizes)
+            found = found.with_fixed(replace(_placement(parts, *less, chains, message), rows=rows_of(fewer)))
+        return found
 
-    def _measure(self, network: str, parts: Partition, views: list[Any] | None) -> list[LayerCost]:
+    def _of_all(
+        self, parts: Partition, sample: Sample | None, enough: float
+    ) -> tuple[list[LayerCost], list[LayerCost]]:
+        """Costs of the layers of student and teacher, on rank 0."""
+        mine = [
+            self._measure(network, parts, (sample or {}).get(network), enough) for network in ("student", "teacher")
+        ]
+        gathered = self._comm.gather(mine) or []
+        student, teacher = ([cost for rank in gathered for cost in rank[place]] for place in (0, 1))
+        return student, teacher
+
+    def _measure(self, network: str, parts: Partition, views: list[Any] | None, enough: float) -> list[LayerCost]:
         """Measure this rank's share of a network's layers, on what the ranks before it made of the sample."""
         sizes = [len(stage) for stage in getattr(parts, network)]
         start = sum(sizes[: self._comm.stage])
@@ -208,7 +230,7 @@ class Placer(Cutter):
 
         def run(views: list[Any]) -> list[Any] | None:
             nonlocal costs
-            views, costs = fastest(lambda: once(views))
+            views, costs = fastest(lambda: once(views), enough)
             return views if self._comm.stage < self._stages - 1 else None
 
         self._comm.chain(run, views)
@@ -218,6 +240,11 @@ class Placer(Cutter):
         layer = getattr(self._layers, network)[number]
         known = self._tensors[network]
         return list({id(known[name]): known[name] for name in layer.state_names if name in known}.values())
+
+
+def rows_of(sample: Sample) -> int:
+    """Of a microbatch, by the first view of the student."""
+    return len(tree.flatten(sample["student"])[0][0])
 
 
 def chain_of(

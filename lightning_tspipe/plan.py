@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any
@@ -16,6 +16,7 @@ from lightning_tspipe.schedule import Costs, LossOver, Schedule, check_teacher_m
 from lightning_tspipe.simulate import ReplayError, replay
 
 SCHEDULES = ORDERS
+SHARES = (0.25, 0.5, 0.75, 1.5, 2)  # of the microbatches that fill the bubbles, to try in their place
 LARGE = 1024  # stages x microbatches of the teacher with which a search takes about a second
 
 
@@ -219,6 +220,31 @@ class Planner:
                 return post_ahead
         replay(made, steps=3, first_done=first_done, post_ahead=max(longest, self.post_ahead))
         return max(longest, self.post_ahead)
+
+
+def fastest_count(stages: int, first: int, of: Callable[[int], Planner], most: int) -> int:
+    """How many microbatches a batch should have, where fewer and larger ones take less time in all.
+
+    Args:
+        stages: P.
+        first: how many fill the bubbles, by costs that are in proportion to the rows; to be beaten by 1 %.
+        of: plans with the costs that a microbatch has if a batch has so many.
+        most: how many there may be.
+    """
+    first = best = max(1, min(first, most))
+    shortest = math.inf
+    tries = [first, *(round(first * share) for share in SHARES), 1, stages, 2 * stages]
+    for count in dict.fromkeys(max(1, min(most, count)) for count in tries):
+        try:
+            planner = of(count)
+            bound = max(planner.costs.work(k, count) for k in range(len(planner.costs.t)))
+            if bound >= 0.99 * shortest:  # it can be no better, so nothing is searched
+                continue
+            period = planner.search(count, count).period
+        except ValueError:  # what is in flight does not fit
+            continue
+        best, shortest = (count, period) if period < 0.99 * shortest else (best, shortest)
+    return best
 
 
 def _parameters(layers: tuple[Layer, ...]) -> int:

@@ -52,16 +52,8 @@ class ReportingStrategy(CheckpointStrategy):
 
     @property
     def predicted_costs(self) -> Costs | None:
-        """Measured seconds of a microbatch as large as they are; None where nothing was measured.
-
-        If their number was found from the measurement, that was made with microbatches of another size.
-        """
-        if self.placement is None or self.placement.costs is None or self.placement.microbatches is None:
-            return None
-        costs, scale = self.placement.costs, 1.0
-        if self._microbatches == "auto" and self._balance == "auto":
-            scale = 3 * (len(costs.t) - 1) / self.placement.microbatches
-        return costs.scaled(scale)
+        """Measured seconds of a microbatch as large as they are; None where nothing was measured."""
+        return None if self.placement is None or self.placement.microbatches is None else self.placement.costs
 
     @property
     def busy(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import add
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 Kind = Literal["T", "F", "B", "I", "W"]
 LossOver = Literal["batch", "microbatch"]
@@ -75,6 +75,7 @@ class Costs:
         exchange: seconds from the last backward of all ranks until any rank may make its optimizer step, where a
             scalar of all stages comes before it (clipping by norm, a loss scale); None: no rank waits for another.
         whole: a full backward, of which the two parts may take more; none given: `b` + `w`.
+        t_fixed: what of `t` a teacher forward takes however few rows it has; none given: nothing.
     """
 
     t: tuple[float, ...]
@@ -85,11 +86,13 @@ class Costs:
     optimizer: float = 0.0
     exchange: float | None = None
     whole: tuple[float, ...] = ()
+    t_fixed: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.w:
             object.__setattr__(self, "w", (0.0,) * len(self.b))
-        lengths = {name: len(getattr(self, name)) for name in (*"tfbw", *(["whole"] if self.whole else []))}
+        given = [name for name in ("whole", "t_fixed") if getattr(self, name)]
+        lengths = {name: len(getattr(self, name)) for name in (*"tfbw", *given)}
         require(len(set(lengths.values())) == 1 and bool(self.t), f"costs need one entry per stage, not {lengths}")
         for name, value in asdict(self).items():
             if value is None:
@@ -111,15 +114,18 @@ class Costs:
     def scaled(self, by: float, stages: Sequence[int] | None = None) -> Costs:
         """So many times the seconds of every action, of all stages or of these; messages and optimizer stay."""
         places = range(len(self.t)) if stages is None else stages
-        columns = (self.t, self.f, self.b, self.w, self.whole)
-        t, f, b, w, whole = (tuple(by * column[place] for place in places if column) for column in columns)
-        return replace(self, t=t, f=f, b=b, w=w, whole=whole)
+        names = (*"tfbw", "whole", "t_fixed")
+        columns: dict[str, tuple[float, ...]] = {name: getattr(self, name) for name in names}
+        changed: dict[str, Any] = {n: tuple(by * column[k] for k in places if column) for n, column in columns.items()}
+        return replace(self, **changed)
 
     def per_action(self, microbatches: int, teacher_microbatches: int) -> Costs:
         """The same with `t` of one of the teacher's microbatches, where it has more or fewer than the student."""
         if teacher_microbatches == microbatches:
             return self
-        return replace(self, t=tuple(seconds * microbatches / teacher_microbatches for seconds in self.t))
+        share, fixed = microbatches / teacher_microbatches, self.t_fixed or (0.0,) * len(self.t)
+        parts = ((seconds, min(seconds, same)) for seconds, same in zip(self.t, fixed, strict=True))
+        return replace(self, t=tuple(same + (seconds - same) * share for seconds, same in parts))
 
     def seconds(self, kind: Kind, stage: int) -> float:
         """What one action takes on a stage."""

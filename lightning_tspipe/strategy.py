@@ -176,7 +176,7 @@ class TSPipeStrategy(ReportingStrategy):
             self._chosen = planner.microbatches if self._microbatches == "auto" else self._microbatches
             teacher = arrangement.teacher_microbatches(planner, self._chosen, self._resumed)
             self._teacher_chosen, fixed = teacher, self._teacher_microbatches != "auto"
-            self.placement = replace(self.placement, microbatches=self._chosen, teacher_microbatches=teacher)
+            self.placement = replace(arrangement.placement, microbatches=self._chosen, teacher_microbatches=teacher)
             self._fitting = Fitting(
                 trainer, module, self._stage, self._comm, planner, self._microbatches, (teacher, fixed), topology,
                 self._shards.trained(), self._replicas, self._signals,

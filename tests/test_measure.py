@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.vision_transformer import VisionTransformer
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy, measure
@@ -243,6 +244,39 @@ def test_a_fit_is_cut_by_time(tmp_path: Path, momentum: float | None) -> None:
     run_fits([Fit(make, loader, 2, 2, strategy=by_parameters, trainer=options)])
     assert len(Placement.load(tmp_path / "0.json").student[0]) > 2
     assert not Placement.load(tmp_path / "0.json").t
+
+
+class Steady(nn.Linear):
+    """A linear layer whose passes last as long with few rows as with many."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return _Wait.apply(super().forward(value), LONG / 2)
+
+
+class AllSteady(Uneven):
+    """Networks of such layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = (nn.Sequential(Steady(), Steady()) for _ in range(2))
+
+
+def one_batch() -> DataLoader[Any]:
+    """Of 24 rows."""
+    return DataLoader(TensorDataset(torch.randn(24, 4)), batch_size=24)
+
+
+def test_a_fit_measures_at_two_sizes(tmp_path: Path) -> None:
+    """In proportion to the rows 4 microbatches would fill the bubbles; here each one takes as long as a batch."""
+    options: dict[str, Any] = {"callbacks": [Shown(tmp_path)], "max_steps": 1}
+    run_fits([Fit(AllSteady, one_batch, 2, "auto", strategy={"balance": "auto"}, trainer=options)])
+    found = Placement.load(tmp_path / "0.json")
+    assert found.microbatches == 1
+    assert found.rows == 24
+    assert min(found.fixed[0]) >= LONG / 4
 
 
 def follow(rank: int, out: Path, plan: Placement, **options: Any) -> Any:

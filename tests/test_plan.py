@@ -16,7 +16,7 @@ from lightning_tspipe.arranging import Arrangement
 from lightning_tspipe.orders import Found, make_schedule
 from lightning_tspipe.partition import partition
 from lightning_tspipe.placement import Placement
-from lightning_tspipe.plan import Planner, estimate_costs, most_in_memory
+from lightning_tspipe.plan import Planner, estimate_costs, fastest_count, most_in_memory
 from lightning_tspipe.schedule import Costs, validate
 from lightning_tspipe.simulate import ReplayError, replay, timeline
 
@@ -124,6 +124,46 @@ def test_a_split_backward_has_a_bound_of_its_own() -> None:
     assert planner(60, loss_over="batch").find(6).order == "afab"  # all at once
     with pytest.raises(ValueError, match="A microbatch takes 30 bytes on rank 0, more than the 25"):
         planner(25, "zb")
+
+
+@pytest.mark.parametrize(("fixed", "count"), [(0.0, 9), (0.5, 9), (3.0, 4)])
+def test_fewer_and_larger_microbatches_where_each_has_a_fixed_cost(fixed: float, count: int) -> None:
+    """A pass takes a microbatch's share of 9 seconds, and something besides; the step is nearly the shortest."""
+
+    def of(count: int) -> Planner:
+        return Planner(Costs.uniform(4, *[9 / count + fixed] * 4), True, "batch")
+
+    found = fastest_count(4, 9, of, 32)
+    assert found == count
+    shortest = min(of(other).search(other, other).period for other in range(3, 11))
+    assert of(found).search(found, found).period <= 1.05 * shortest
+
+
+def test_the_number_of_microbatches_keeps_the_memory_and_the_rows() -> None:
+    def of(count: int) -> Planner:
+        return Planner(Costs.uniform(4, *[9 / count + 3] * 4), True, "microbatch", max_held=(count // 2,) * 4)
+
+    assert fastest_count(4, 9, of, 32) == 8  # with 6 it is not 1 % shorter; a batch in one piece does not fit
+    assert fastest_count(4, 1000, lambda count: Planner(Costs.uniform(4), True, "batch"), 5) <= 5
+
+
+def test_the_fixed_part_of_a_pass_is_what_is_left_without_rows() -> None:
+    names = ("0",), ("1",)
+    large = Placement(names, names, *[(3.0, 8.0)] * 4, first=(3.0, 8.0), rest=(3.0, 8.0), rows=8, held=(16.0, 8.0),
+                      messages=(8.0, 8.0), message=8.0)  # fmt: skip
+    small = replace(large, **dict.fromkeys(("t", "f", "b", "w", "first", "rest"), (1.5, 9.0)), rows=2)
+    line = large.with_fixed(small)
+    assert line.fixed == ((1.0, 8.0),) * 6  # 1 and a quarter per row; 8, since more rows do not take less
+    other = line.of_rows(4)
+    assert (other.t, other.rest, other.rows, other.held, other.message) == ((2.0, 8.0), (2.0, 8.0), 4, (8.0, 4.0), 4.0)
+    assert other.fixed == line.fixed
+    assert other.of_rows(8) == line
+    assert large.of_rows(4).f == (1.5, 4.0)
+    assert Placement.parse(line.text()) == line
+    costs = other.costs
+    assert costs is not None
+    assert costs.per_action(4, 8).t == (1.5, 8.0)  # two halves of four rows do not take two halves of the time
+    assert costs.per_action(4, 8).per_action(8, 4).t == costs.t
 
 
 def test_where_lookahead_is_enough_the_simple_order_is_kept() -> None:
