@@ -69,7 +69,7 @@ methods: install  ## train every example in several ways and print the tables of
 	$(PY) -m tests.benchmarks.methods $(ARGS)
 
 full: install  ## take a step of each full-size configuration on random numbers, which takes memory and minutes
-	TSPIPE_FULL=1 $(PY) -m pytest -n 0 --durations=0 -o faulthandler_timeout=620 tests/test_full.py $(ARGS)
+	TSPIPE_FULL=1 $(PY) -m pytest -n 0 --durations=0 -rP -o faulthandler_timeout=620 tests/test_full.py $(ARGS)
 
 models: install  ## cut known networks at P=2, 3 and 4 and print the table of docs/models.md
 	$(PY) -m tests.zoo $(ARGS)

@@ -31,7 +31,7 @@ class DistilBERT(TeacherStudentModule):
     teacher_taps = ("encoder.layer.1", "encoder.layer.3", "encoder.layer.5")  # their results, `loss` gets
     student_taps = ("encoder.layer.0", "encoder.layer.1", "encoder.layer.2")
 
-    def __init__(self, soft: float = 0.05, masked: float = 0.05, hidden: float = 1.0, lr: float = 1e-3):
+    def __init__(self, soft: float = 0.05, masked: float = 0.05, hidden: float = 1.0, lr: float = 3e-4):
         super().__init__()  # momentum=None: the teacher is frozen
         self.save_hyperparameters()
         options = {"add_pooling_layer": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -66,7 +66,7 @@ class DistilBERT(TeacherStudentModule):
 class Manual(L.LightningDataModule):
     """Passages of equally many tokens; every fifth page is held out, and `test` has pairs of neighbours of these."""
 
-    def __init__(self, length: int = 32, pairs: int = 128):
+    def __init__(self, length: int = 32, pairs: int = 1000):
         super().__init__()
         tokenizer = Tokenizer.from_file(str(get_model_path() / "tokenizer.json"))
         tokenizer.no_truncation(), tokenizer.no_padding()
@@ -103,7 +103,7 @@ def found(embeddings):
 
 def main(
     strategy: str = "tspipe", microbatches: int = 2, seed: int = 0, steps: int = 120, length: int = 32,
-    pairs: int = 128, soft: float = 0.05, masked: float = 0.05, hidden: float = 1.0, lr: float = 1e-3,
+    pairs: int = 1000, soft: float = 0.05, masked: float = 0.05, hidden: float = 1.0, lr: float = 3e-4,
 ):  # fmt: skip
     torch.set_num_threads(1)  # so that one process is one core
     transformers.logging.set_verbosity_error()

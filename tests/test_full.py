@@ -62,3 +62,4 @@ def test_a_step(zygote: Zygote, tmp_path: Path, names: list[str]) -> None:
     text = (tmp_path / "0.txt").read_text()
     assert codes == [0, 0], text
     assert text.count("`Trainer.fit` stopped: `max_steps=1` reached.") == len(names)
+    print(*names, *re.findall(r"^rank .: peak .*", text + (tmp_path / "1.txt").read_text(), re.MULTILINE), sep="\n")

@@ -42,6 +42,7 @@ class Method:
         label: what the accuracy comes after in the output.
         ways: names and options.
         equal: whether accuracy and loss must be the same in all ways, to the last digit that is printed.
+        rows: how many of them a batch norm in training normalizes together; None for the whole batch.
     """
 
     name: str
@@ -49,17 +50,22 @@ class Method:
     label: str
     ways: list[tuple[str, str]]
     equal: bool = False
+    rows: int | None = None
 
 
 METHODS = [
     Method("distill_digits", "--epochs 16", "student", FROZEN),
     Method("feature_digits", "--epochs 10", "student", FROZEN),
     Method("distill_fashion", "", "distilled", FROZEN),
-    Method("distilbert", "--steps 60", "after", FROZEN),
+    Method("distilbert", "--steps 40", "distilled", FROZEN),
     Method("byol_digits", "--epochs 12", "after", MOVING),
     Method("moco_v3", "--epochs 12", "after", MOVING),
     Method("mean_teacher", "--epochs 10", "accuracy", MOVING),
     Method("dino", "--epochs 6", "after", MOVING),
+    *(
+        Method(name, "--epochs 12", "after", [("single device, batch norms 8 rows at a time", SINGLE[1])], rows=8)
+        for name in ("byol_digits", "moco_v3")
+    ),
     Method("distill_digits", "--epochs 16 --precision 64-true", "student", FROZEN, equal=True),
     Method("distill_digits", "--epochs 16 --soft 0", "student", [SINGLE]),
     Method("feature_digits", "--epochs 10 --hint 0 --attention 0", "student", [SINGLE]),
@@ -80,14 +86,15 @@ def runs(methods: list[Method], seeds: int) -> Iterator[tuple[Method, str, list[
 
 
 def file_of(folder: Path, method: Method, options: list[str]) -> Path:
-    return folder / f"{'_'.join([method.name, *options]).replace('--', '').replace(' ', '_')}.json"
+    by_rows = [] if method.rows is None else ["rows", str(method.rows)]
+    return folder / f"{'_'.join([method.name, *options, *by_rows]).replace('--', '').replace(' ', '_')}.json"
 
 
 def run(zygote: Zygote, folder: Path, method: Method, options: list[str]) -> dict[str, object]:
     """Train once, in a folder of its own."""
     out, start = folder / "output", time.monotonic()
     out.mkdir(exist_ok=True, parents=True)
-    arguments = {"name": method.name, "options": options}
+    arguments = {"name": method.name, "options": options, "rows": method.rows}
     ranks = 1 if "auto" in options else 2
     codes = zygote.run(TARGET, ranks, out, deadline=900, **arguments)
     text = (out / "0.txt").read_text()
@@ -135,7 +142,8 @@ def table(folder: Path, methods: list[Method], seeds: int) -> str:
             if all(file.exists() for file in files):
                 found = [json.loads(file.read_text())["accuracy"] for file in files]
                 spread = f"{min(found):.3f} to {max(found):.3f}"
-                lines.append(f"| `{method.name} {method.options}` | {way} | {statistics.mean(found):.3f} | {spread} |")
+                command = f"{method.name} {method.options}".strip()
+                lines.append(f"| `{command}` | {way} | {statistics.mean(found):.3f} | {spread} |")
     return "\n".join(lines)
 
 
