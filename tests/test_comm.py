@@ -243,6 +243,20 @@ def test_lines_carry_objects_of_any_length() -> None:
     assert ranks(body, 3) == [messages] * 3
 
 
+def test_reports_of_all_ranks_go_through_shared_memory() -> None:
+    """Also from ranks that are no neighbours of the first one; gloo would take longer than all else of a look."""
+
+    def body(comm: Comm) -> Any:
+        begun = len(comm._kept)  # what was said to share it
+        for number in range(2):
+            comm.report((comm.stage, number))
+        return [comm.reports() for _ in range(2)], len(comm._kept) - begun
+
+    first, *others = ranks(body, 3)
+    assert first == ([[(1, 0), (2, 0)], [(1, 1), (2, 1)]], 0)
+    assert others == [([[], []], 0)] * 2
+
+
 def test_share_gather_and_chain() -> None:
     def body(comm: Comm) -> Any:
         shared = comm.share({"x": torch.full((2,), float(comm.stage)), "name": comm.stage}, 1)
