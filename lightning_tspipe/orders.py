@@ -23,6 +23,7 @@ from typing import ParamSpec
 
 from lightning_tspipe.ahead import afab_ahead, slower_messages, staircases, vary
 from lightning_tspipe.clock import clock
+from lightning_tspipe.floor import step_floor
 from lightning_tspipe.greedy import Policy, Rows, greedy_rows
 from lightning_tspipe.holes import filled
 from lightning_tspipe.plain import AFAB, plain_rows
@@ -59,7 +60,8 @@ class Found:
         schedule: the fastest one.
         order: its name, never "auto".
         period: seconds of a steady step.
-        bound: seconds that no schedule beats.
+        bound: seconds that no schedule beats: work alone.
+        floor: the same with what the bounds on memory force (`floor.step_floor`).
         evaluations: how many orders were simulated.
     """
 
@@ -67,6 +69,7 @@ class Found:
     order: str
     period: float
     bound: float
+    floor: float
     evaluations: int
 
 
@@ -217,6 +220,9 @@ class _Search:
         self.budget = min(MOST, max(FEWEST, BUDGET // (self.stages * max(self.microbatches, self.teacher))))
 
     def run(self, names: Sequence[str]) -> Found:
+        self.floor = min(
+            step_floor(self.costs, self.microbatches, name in SPLIT, self.in_flight, self.held[name]) for name in names
+        )
         self.plain(names)
         if "afab" in names:
             self.all_forward_first(75 if "afab-split" in names else 150)  # the first has more to try
@@ -229,7 +235,7 @@ class _Search:
             raise ValueError("nothing keeps the bounds: allow more microbatches in flight or held")
         schedule = self.schedule(self.best.rows)
         self.check(self.best.name, schedule)
-        return Found(schedule, self.best.name, self.best.period, self.bound, self.evaluations)
+        return Found(schedule, self.best.name, self.best.period, self.bound, self.floor, self.evaluations)
 
     def holds_all(self, name: str) -> bool:
         """Whether all microbatches of a batch may be there at once."""
@@ -242,9 +248,9 @@ class _Search:
     @property
     def enough(self) -> bool:
         """Whether nothing much better can be found; where only jitter is left, a part of the budget is spent on it."""
-        if self.best is None or self.best.score[0] or self.best.period > self.bound * NEAR:
+        if self.best is None or self.best.score[0] or self.best.period > self.floor * NEAR:
             return False
-        return self.best.score[1] <= 2 * self.bound * NEAR or self.evaluations >= self.budget // 4
+        return self.best.score[1] <= 2 * self.floor * NEAR or self.evaluations >= self.budget // 4
 
     def schedule(self, rows: Rows) -> Schedule:
         return Schedule(self.stages, self.microbatches, self.loss_over, rows, self.teacher)

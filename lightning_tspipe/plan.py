@@ -17,7 +17,7 @@ from lightning_tspipe.simulate import ReplayError, replay
 
 SCHEDULES = ORDERS
 SHARES = (0.25, 0.5, 0.75, 1.5, 2)  # of the microbatches that fill the bubbles, to try in their place
-LARGE = 1024  # stages x microbatches of the teacher with which a search takes about a second
+LARGE = 4096  # stages x microbatches of the teacher, up to which a search takes about a second
 
 
 def estimate_costs(partition: Partition) -> Costs:

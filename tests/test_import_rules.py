@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent.parent / PACKAGE
 ORDER = (
     # stdlib only
     *("errors", "topology", "table", "schedule", "clock", "simulate"),
-    *("greedy", "plain", "holes", "ahead", "orders", "placement", "journal", "rivals", "perfetto"),
+    *("greedy", "plain", "holes", "ahead", "floor", "orders", "placement", "journal", "rivals", "perfetto"),
     "picture",  # and Pillow, where it draws
     # what a network and its schedule are
     *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),

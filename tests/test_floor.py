@@ -1,0 +1,58 @@
+"""The least that a step takes under a bound on memory: by hand, and never above what a plan takes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_tspipe.floor import step_floor
+from lightning_tspipe.orders import find_schedule
+from lightning_tspipe.plan import Planner
+from lightning_tspipe.schedule import Costs
+
+seconds = st.sampled_from([0.5, 1.0, 2.0, 3.0])
+
+
+def test_round_trips_by_hand() -> None:
+    """Two stages: f + b is 3 on each, and a message either way 0.5."""
+    costs = Costs.uniform(2, message=0.5)
+    free = (4, 4)
+    assert step_floor(costs, 4, False, free, free) == 4 * 4  # work
+    assert step_floor(costs, 4, False, (1, 1), free) == 4 * (3 + 1 + 3)
+    assert step_floor(costs, 4, False, (2, 1), free) == 4 * 4  # half as many round trips of 7 are shorter
+    assert step_floor(costs, 4, True, (1, 1), free) == 4 * (2 + 1 + 2) + 1  # W need not be waited for, but for the last
+    assert step_floor(costs, 4, True, (1, 1), (1, 1)) == 4 * (2 + 1 + 2 + 1)
+
+
+@pytest.mark.parametrize("stages", [2, 4, 8])
+@pytest.mark.parametrize("t", [1, 3])
+def test_one_at_a_time_reaches_the_floor(stages: int, t: float) -> None:
+    """Which is up to six times the work, and none with a large teacher and few stages."""
+    found = find_schedule(
+        stages, 2 * stages, Costs.uniform(stages, t=t), loss_over="microbatch", max_in_flight=(1,) * stages
+    )
+    assert found.period == pytest.approx(found.floor)
+
+
+@given(st.data(), st.integers(2, 5), st.integers(1, 8), st.booleans(), st.booleans())
+@settings(max_examples=12, deadline=None)
+def test_no_plan_is_below_the_floor(
+    data: st.DataObject, stages: int, microbatches: int, split: bool, lookahead: bool
+) -> None:
+    columns = [tuple(data.draw(seconds) for _ in range(stages)) for _ in range(4)]
+    bound = [tuple(data.draw(st.integers(1, stages)) for _ in range(stages)) for _ in range(2)]
+    found = find_schedule(
+        stages, microbatches, Costs(*columns, message=data.draw(st.sampled_from([0.0, 0.3]))), lookahead=lookahead,
+        loss_over="microbatch", split_backward=split, max_in_flight=bound[0], max_held=bound[1],
+    )  # fmt: skip
+    assert found.bound * (1 - 1e-9) <= found.floor <= found.period * (1 + 1e-9)
+
+
+def test_large_teacher_operations_reach_it_with_the_memory_of_1f1b() -> None:
+    """16 stages and t = 3f: a whole backward needs smaller microbatches of the teacher, which "auto" takes."""
+    planner = Planner(Costs.uniform(16, t=3), True, "microbatch", max_in_flight=tuple(range(16, 0, -1)))
+    coarse, found = (planner.search(48, count) for count in (48, planner.teacher_microbatches(48)))
+    assert found.floor == found.bound
+    assert found.period <= 1.02 * found.floor
+    assert coarse.bound / coarse.period == pytest.approx(0.93, abs=0.005)
