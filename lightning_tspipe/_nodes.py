@@ -27,8 +27,7 @@ def is_known(node: Any, slots: Sequence[int]) -> bool:
     """
     match node.name():
         case "AddmmBackward0":
-            known = 1 not in slots and node._saved_alpha == node._saved_beta == 1
-            return known and (2 not in slots or _has_formula(node, node._raw_saved_mat1))
+            return list(slots) == [2] and node._saved_alpha == 1 and _has_formula(node, node._raw_saved_mat1)
         case "MmBackward0":
             return list(slots) == [1] and _has_formula(node, node._raw_saved_self)
         case "ConvolutionBackward0":
@@ -52,22 +51,14 @@ def weights_half(node: Any, slots: Sequence[int], gradient: Tensor) -> partial[l
             *(node._saved_transposed, node._saved_output_padding, node._saved_groups),
         )
         return partial(_filter, gradient, saved, slots)
-    shape, left = None, None
-    if name == "MmBackward0":
-        left = node._saved_self.detach()
-    elif 2 in slots:
-        left = node._saved_mat1.detach()
-    if 0 in slots:
-        child, place = node.next_functions[0]
-        shape = child._input_metadata[place].shape
-    return partial(_matrix, gradient, left, shape)
+    left = node._saved_self if name == "MmBackward0" else node._saved_mat1
+    return partial(_matrix, gradient, left.detach())
 
 
-def _matrix(gradient: Tensor, left: Tensor | None, shape: torch.Size | None) -> list[Tensor]:
-    """Of ``shape + left @ right``: of the summand, which may have been broadcast, and of the right matrix."""
+def _matrix(gradient: Tensor, left: Tensor) -> list[Tensor]:
+    """Of the right matrix of ``left @ right``."""
     with torch.no_grad():
-        found = [] if shape is None else [gradient.sum_to_size(shape)]
-        return found if left is None else [*found, gradient.t().mm(left.conj()).t()]
+        return [gradient.t().mm(left.conj()).t()]
 
 
 def _filter(gradient: Tensor, saved: tuple[Any, ...], slots: Sequence[int]) -> list[Tensor]:

@@ -3,15 +3,15 @@
 Source: Qi et al., "Zero bubble pipeline parallelism", ICLR 2024, section 2, https://arxiv.org/abs/2401.10241. Autograd
 itself leaves out what is not asked for, so each part computes its own half of a matrix product or a convolution::
 
-    x --> conv --> norm --> linear --> out        inputs:   linear, norm (with its own parameters), conv  -> x.grad
+    x --> conv --> norm --> linear --> out        inputs:   linear (with its bias), norm (with its parameters), conv
            |                  |                   weights:  linear -> weight.grad, conv -> weight.grad
          weight             weight
 
-Only the nodes that cost much for their weights are put off. The parameters of all others (norms, scales, embeddings),
-and those of autograd functions written in Python, which cannot leave anything out, get their gradients in the first
-part. A weight that several nodes use, as with several views, waits if none of them leads to another one. Where
-torch.compile has made a part of the graph, nothing is put off: that part is one node, and it may refuse to keep what
-the second part would need.
+Only what costs much is put off. The biases of matrix products, the parameters of all other nodes (norms, scales,
+embeddings), and those of autograd functions written in Python, which cannot leave anything out, get their gradients in
+the first part. A weight that several nodes use, as with several views, waits if none of them leads to another one.
+Where torch.compile has made a part of the graph, nothing is put off: that part is one node, and it may refuse to keep
+what the second part would need.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lightning_tspipe import _nodes
 
 # nodes whose weight gradients cost about as much as those of their inputs
 HEAVY = frozenset({"AddmmBackward0", "MmBackward0", "BmmBackward0", "BaddbmmBackward0", "ConvolutionBackward0"})
+SUMS = frozenset({"AddmmBackward0", "BaddbmmBackward0"})  # of these, the nodes whose first input is only added
 COMPILED = "CompiledFunctionBackward"  # the node of what torch.compile has made
 
 
@@ -208,58 +209,64 @@ class _Graph:
     """
 
     def __init__(self, roots: Sequence[Node | None], wanted: set[Node]) -> None:
-        self._next: dict[Node, list[Node]] = {}
-        self._leads: dict[Node, bool] = dict.fromkeys(wanted, True)
+        self._next: dict[Node, list[Node | None]] = {}
+        self._leads: dict[Node | None, bool] = {None: False, **dict.fromkeys(wanted, True)}
         self._roots = [root for root in roots if root is not None]
-        stack = [(root, False) for root in self._roots]
-        while stack:  # depth first, each node after all that it leads to
-            node, done = stack.pop()
-            if done:
-                self._leads[node] = node in wanted or any(self._leads[child] for child in self._next[node])
-            elif node not in self._next:
-                self._next[node] = [child for child, _ in node.next_functions if child is not None]
-                stack.append((node, True))
-                stack += [(child, False) for child in self._next[node]]
+        stack: list[Node | None] = [*self._roots]
+        while stack:  # depth first, each node again after all that it leads to
+            node = stack.pop()
+            if node is None:
+                continue
+            if (children := self._next.get(node)) is None:
+                self._next[node] = children = [child for child, _ in node.next_functions]
+                stack.append(node)
+                stack += children
+            elif node not in self._leads:
+                self._leads[node] = True in map(self._leads.__getitem__, children)
 
     def junctions(self) -> tuple[list[_Junction], list[Tensor]]:
         """What can be put off, and the parameters that cannot."""
-        found: list[tuple[Node, list[Tensor]]] = []
-        for node, children in self._next.items():
-            if self._leads[node]:
-                beside = [child for child in children if not self._leads[child]]
-                if beside and (parameters := self._parameters(beside)):
-                    found.append((node, parameters))
-        found += [(root, self._parameters([root])) for root in self._roots if not self._leads[root]]
         splits = all(node.name() != COMPILED for node in self._next)
-        groups: dict[int, tuple[list[Node], dict[int, Tensor]]] = {}  # nodes that share parameters, by parameter
-        for node, parameters in found:
-            nodes, reached = [node], {id(parameter): parameter for parameter in parameters}
+        now: dict[int, Tensor] = {}
+        groups: dict[int, tuple[dict[Node, list[int]], dict[int, Tensor]]] = {}  # what shares parameters, by parameter
+        for node, children in self._next.items():
+            if not self._leads[node]:
+                continue
+            slots = [slot for slot, child in enumerate(children) if child is not None and not self._leads[child]]
+            if not slots:
+                continue
+            early = len(slots)
+            if splits and (name := node.name()) in HEAVY:
+                early = int(slots[0] == 0 and name in SUMS)
+            now.update(self._parameters([children[slot] for slot in slots[:early]]))
+            nodes, reached = {node: slots[early:]}, self._parameters([children[slot] for slot in slots[early:]])
             for others, theirs in {id(groups[key]): groups[key] for key in reached if key in groups}.values():
-                nodes, reached = others + nodes, theirs | reached
+                nodes, reached = others | nodes, theirs | reached
             groups.update(dict.fromkeys(reached, (nodes, reached)))
+        for root in self._roots:
+            if not self._leads[root]:
+                now.update(self._parameters([root]))
         parts: dict[Node, int] | None = None
-        junctions, now = [], {}
+        junctions = []
         for nodes, reached in {id(group): group for group in groups.values()}.values():
-            waits = splits and all(node.name() in HEAVY and self._leads[node] for node in nodes)
+            waits = now.keys().isdisjoint(reached)
             if waits and len(nodes) > 1:
                 parts = parts or self._parts()
                 waits = len({parts[node] for node in nodes}) == len(nodes)
             if waits:
-                junctions.append(_Junction({node: self._slots(node) for node in nodes}, list(reached.values())))
+                junctions.append(_Junction(nodes, list(reached.values())))
             else:
                 now.update(reached)
         return junctions, list(now.values())
 
-    def _slots(self, node: Node) -> list[int]:
-        functions = enumerate(node.next_functions)
-        return [slot for slot, (child, _) in functions if child is not None and not self._leads[child]]
-
     def _parts(self) -> dict[Node, int]:
         """A number for each node that leads to an input, the same wherever there is a way from one to the other."""
-        neighbours: dict[Node, list[Node]] = {node: [] for node, leads in self._leads.items() if leads}
+        neighbours: dict[Node, list[Node]] = {
+            node: [] for node, leads in self._leads.items() if leads and node is not None
+        }
         for node in neighbours:
             for child in self._next.get(node, ()):
-                if self._leads[child]:
+                if child is not None and self._leads[child]:
                     neighbours[node].append(child)
                     neighbours[child].append(node)
         parts: dict[Node, int] = {}
@@ -272,13 +279,14 @@ class _Graph:
                     stack += neighbours[node]
         return parts
 
-    def _parameters(self, roots: Sequence[Node]) -> list[Tensor]:
-        """Every leaf behind some nodes that lead to no input."""
-        found, seen, stack = [], set(roots), list(roots)
+    def _parameters(self, roots: Sequence[Node | None]) -> dict[int, Tensor]:
+        """Every leaf behind some nodes that lead to no input, by its id."""
+        found, seen, stack = {}, set(roots), list(roots)
         while stack:
-            node = stack.pop()
+            if (node := stack.pop()) is None:
+                continue
             if (leaf := getattr(node, "variable", None)) is not None:
-                found.append(leaf)
+                found[id(leaf)] = leaf
             new = [child for child in self._next[node] if child not in seen]
             seen.update(new)
             stack += new

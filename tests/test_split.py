@@ -75,7 +75,8 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "scaled": lambda x, weight, bias: torch.addmm(bias, x, weight.t(), beta=0.5, alpha=2.0),
     "a whole matrix added": torch.nn.functional.linear,
     "a row added": lambda x, weight, bias: torch.addmm(bias[:1], x, weight.t()),
-    "a computed weight": lambda x, weight, bias: torch.addmm(bias, x, (weight * bias[0]).t()),
+    "a computed weight": lambda x, weight, bias: torch.addmm(bias, x, (weight * weight[0]).t()),
+    "a weight of the bias": lambda x, weight, bias: torch.addmm(bias, x, (weight * bias[0]).t()),
     "a frozen weight": lambda x, weight, bias: torch.addmm(bias, x, weight.t().detach()),
     "a frozen bias": lambda x, weight, bias: torch.addmm(bias.detach(), x, weight.t()),
     "a weight of the input": lambda x, weight, bias: torch.addmm(bias, x @ weight.t(), x.t()),
@@ -174,6 +175,8 @@ def test_matrices_and_filters_wait_for_the_second_part(name: str) -> None:
     tokens = ("pos_embedding", "class_token")
     heavy = {key for key, p in network.named_parameters() if p.ndim > 1 and not any(t in key for t in tokens)}
     assert not early & heavy, early & heavy
+    biases = {key for key, _ in network.named_parameters() if key.endswith("bias") and key != "conv_proj.bias"}
+    assert biases <= early, biases - early
     rest()
     assert all(p.grad is not None for p in network.parameters())
 
