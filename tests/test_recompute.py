@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from lightning_tspipe.measure import MessageCost, Meter
 from lightning_tspipe.placing import chain_of
 from lightning_tspipe.stage import Stage
 from tests.multiproc import result_of
+from tests.scripts.zygote import Zygote
 from tests.test_memory_peak import forget_peak, give_back_at, status
 
 CPU = torch.device("cpu")
@@ -137,35 +140,37 @@ def test_layers_that_would_count_twice_are_refused(layer: nn.Module) -> None:
         stage(layers, recompute=True).student_forward((1, 0), [x])
 
 
+def hold(rank: int, out: Path, recompute: bool) -> None:
+    """Writes what the plan counts for four microbatches in flight, and what the process holds."""
+    give_back_at(2**16)
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(16)]
+    rows = [torch.randn(4096, 64) for _ in range(4)]  # 1 MB each
+    work = Stage([Layer(str(n), layer) for n, layer in enumerate(layers)], [], 1, False, CPU, 5, recompute=recompute)
+    meter, views, costs = Meter(CPU), [rows[0]], []
+    for layer in layers:
+        views, cost = meter.student(layer, list(layer.parameters()), views, first=False)
+        costs.append(cost)
+    chain = chain_of(costs, MessageCost(), 2, recompute, recompute)
+    planned = 4 * sum(chain.held)
+    if recompute:
+        planned = 4 * (chain.passed[0] + chain.passed[-1]) + sum(chain.held)
+    (result,) = work.student_forward((0, 0), [rows[0]])
+    work.backward((0, 0), [torch.ones_like(result)])  # so that all code and the gradients have their memory
+    del views, result
+    forget_peak()
+    before = status("VmRSS")
+    for q, inputs in enumerate(rows):
+        work.student_forward((1, q), [inputs.clone()])
+    for q in range(4):
+        work.backward((1, q), [torch.ones_like(rows[q])])
+    (out / "found.json").write_text(json.dumps([planned, status("VmHWM") - before]))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_stage_holds_what_the_plan_counts(recompute: bool) -> None:
-    """By the process's peak, with activations that are much larger than all else, and four microbatches in flight."""
-
-    def planned_and_held() -> tuple[float, int]:
-        give_back_at(2**16)
-        layers = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(16)]
-        rows = [torch.randn(4096, 64) for _ in range(4)]  # 1 MB each
-        work = Stage(
-            [Layer(str(n), layer) for n, layer in enumerate(layers)], [], 1, False, CPU, 5, recompute=recompute
-        )
-        meter, views, costs = Meter(CPU), [rows[0]], []
-        for layer in layers:
-            views, cost = meter.student(layer, list(layer.parameters()), views, first=False)
-            costs.append(cost)
-        chain = chain_of(costs, MessageCost(), 2, recompute, recompute)
-        planned = 4 * sum(chain.held)
-        if recompute:
-            planned = 4 * (chain.passed[0] + chain.passed[-1]) + sum(chain.held)
-        (out,) = work.student_forward((0, 0), [rows[0]])
-        work.backward((0, 0), [torch.ones_like(out)])  # so that all code and the gradients have their memory
-        del views, out
-        forget_peak()
-        before = status("VmRSS")
-        for q, inputs in enumerate(rows):
-            work.student_forward((1, q), [inputs.clone()])
-        for q in range(4):
-            work.backward((1, q), [torch.ones_like(rows[q])])
-        return planned, status("VmHWM") - before
-
-    planned, held = result_of(planned_and_held)
+def test_a_stage_holds_what_the_plan_counts(zygote: Zygote, tmp_path: Path, recompute: bool) -> None:
+    """By the process's peak, with activations that are much larger than all else; nothing was freed in it before."""
+    assert zygote.run("tests.test_recompute:hold", 1, tmp_path, recompute=recompute) == [0], (
+        tmp_path / "0.txt"
+    ).read_text()
+    planned, held = json.loads((tmp_path / "found.json").read_text())
     assert 0.9 * planned <= held <= 1.2 * planned, (planned, held)  # what a backward makes comes on top
