@@ -105,8 +105,8 @@ def forget_peak() -> None:
 def give_back_at(size: int) -> None:
     """Let glibc give back at once what is freed in blocks of so many bytes, and keep what is smaller.
 
-    It begins with 128 KB, and raises that up to 32 MB as such blocks are freed; with this call it stays. What is free by
-    now, also in a process that was forked from others' tests, is given back as well.
+    It begins with 128 KB, and raises that up to 32 MB as such blocks are freed; with this call it stays. What is free
+    by now is given back as well.
     """
     libc = ctypes.CDLL(None)
     assert libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
