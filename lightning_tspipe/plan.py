@@ -233,8 +233,9 @@ def fastest_count(stages: int, first: int, of: Callable[[int], Planner], most: i
     """
     first = best = max(1, min(first, most))
     shortest = math.inf
-    tries = [first, *(round(first * share) for share in SHARES), 1, stages, 2 * stages]
-    for count in dict.fromkeys(max(1, min(most, count)) for count in tries):
+    tries = [first, *(round(first * share) for share in SHARES), stages, 2 * stages]
+    # with fewer than stages a microbatch would be much larger than any that was measured
+    for count in dict.fromkeys(max(1, min(most, max(stages, count))) for count in tries):
         try:
             planner = of(count)
             bound = max(planner.costs.work(k, count) for k in range(len(planner.costs.t)))

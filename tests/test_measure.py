@@ -270,12 +270,12 @@ def one_batch() -> DataLoader[Any]:
 
 
 def test_a_fit_measures_at_two_sizes(tmp_path: Path) -> None:
-    """In proportion to the rows 4 microbatches would fill the bubbles; here each one takes as long as a batch."""
+    """In proportion to the rows 4 microbatches would fill the bubbles; here each takes as long as half a batch."""
     options: dict[str, Any] = {"callbacks": [Shown(tmp_path)], "max_steps": 1}
     run_fits([Fit(AllSteady, one_batch, 2, "auto", strategy={"balance": "auto"}, trainer=options)])
     found = Placement.load(tmp_path / "0.json")
-    assert found.microbatches == 1
-    assert found.rows == 24
+    assert found.microbatches == 2
+    assert found.rows == 12
     assert min(found.fixed[0]) >= LONG / 4
 
 
