@@ -179,14 +179,6 @@ class Planner:
                 best, share = (count, found) if found > 1.01 * share else (best, share)
         return best
 
-    def best_microbatches(self, most: int) -> int:
-        """The fewest microbatches, up to `most`, with which a step is within 1 % of the shortest for the same batch.
-
-        The work of a batch is taken to be the same however it is cut. That a small microbatch costs more than its share
-        is why few are preferred.
-        """
-        return self._best(min(most, math.ceil(self.microbatches * share)) for share in (1, 1.125, 1.25, 1.5, 2))
-
     def _best(self, numbers: Iterable[int]) -> int:
         tries = sorted(set(numbers))
         if len(tries) == 1:

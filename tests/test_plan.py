@@ -203,14 +203,10 @@ def test_what_fits_in_memory() -> None:
         most_in_memory((100, 250), (101, 100))
 
 
-def test_the_fewest_microbatches_that_are_as_good_as_more() -> None:
-    assert Planner(Costs.uniform(4), True, "batch").best_microbatches(32) == 9
-    assert Planner(Costs.uniform(4), True, "batch").best_microbatches(5) == 5
+def test_the_fewest_microbatches_that_fill_the_bubbles() -> None:
+    assert Planner(Costs.uniform(4), True, "batch").microbatches == 9
     # a hop of 2.9 + 2 wants two teacher forwards of 2.9
-    coarse = Planner(Costs.uniform(4, t=2.9), True, "batch")
-    assert coarse.microbatches == coarse.best_microbatches(32) == 6
-    # no M suffices: more is always better
-    assert Planner(Costs.uniform(4), False, "batch").best_microbatches(32) == 16
+    assert Planner(Costs.uniform(4, t=2.9), True, "batch").microbatches == 6
 
 
 def test_the_teacher_has_microbatches_of_its_own_where_that_pays() -> None:
