@@ -1,6 +1,6 @@
 """The full-size settings: a dry plan of each as it is, and a step of each on random numbers, of narrower networks.
 
-`make full` takes the steps with the networks as they are, which takes 12 GB of memory and some minutes.
+`make full` takes the steps with the networks as they are, which takes 19 GB of memory and some minutes.
 """
 
 from __future__ import annotations
