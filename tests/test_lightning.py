@@ -98,8 +98,8 @@ ATTRIBUTES = {
     "fake mode": {"avoid_device_init"},
     # of _nodes.py
     "node of addmm": {
-        *("_saved_alpha", "_saved_beta", "_saved_mat1", "_saved_mat2_sym_sizes", "_saved_mat2_sym_strides"),
-        *("_raw_saved_mat1", "_input_metadata"),
+        *("_saved_alpha", "_saved_mat1", "_saved_mat2_sym_sizes", "_saved_mat2_sym_strides"),
+        "_raw_saved_mat1",
     },
     "node of mm": {"_saved_self", "_saved_mat2_sym_sizes", "_saved_mat2_sym_strides", "_raw_saved_self"},
     "node of a convolution": {

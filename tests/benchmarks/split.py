@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_tspipe.split import WeightBackward, backward_inputs
 from tests.benchmarks.processes import run_forked
+from tests.benchmarks.products import Products
 
 ROUNDS = 7  # of both in turn, after one that warms caches and memory up
 ORDER = "IIWIWIWW"  # of a step's microbatches, as a schedule has it: others come between the parts of one
@@ -71,12 +72,18 @@ NETWORKS = (
 )
 
 
+# tokens of a microbatch and their width: what the kernels alone of a ViT's MLPs cost more in two parts
+KERNELS = {"kernels of its MLPs alone, 788 x 384": (788, 384), "kernels of its MLPs alone, 520 x 192": (520, 192)}
+
+
 def measure_split(full: bool) -> Iterator[Split]:
-    """The networks that have a goal, or all, each in a process of its own."""
+    """The networks that have a goal, or all, then kernels alone, each in a process of its own."""
     for index in range(len(NETWORKS)):
         if not full and NETWORKS[index].goal is None:
             continue
         yield run_forked(partial(_measure, index), 1, timeout_s=600)[0]
+    for name in KERNELS:
+        yield run_forked(partial(_measure_kernels, name), 1, timeout_s=600)[0]
 
 
 def _measure(index: int, _: int) -> Split:
@@ -93,9 +100,20 @@ def _measure(index: int, _: int) -> Split:
                 image.grad = None
             seconds += backward(deque(model(image) for image in images), images)
         rounds.append(seconds)
-    whole, first, rest = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
-    ratio = statistics.median((first + rest) / whole for whole, first, rest in rounds[1:])
-    return Split(network.name, whole, first, rest, ratio)
+    return _split(network.name, rounds[1:])
+
+
+def _measure_kernels(name: str, _: int) -> Split:
+    torch.set_num_threads(1)
+    products = Products(*KERNELS[name])
+    rounds = [[products.seconds("B" * MICROBATCHES)[0], *products.seconds(ORDER)] for _round in range(ROUNDS + 1)]
+    return _split(name, rounds[1:])
+
+
+def _split(name: str, rounds: Sequence[Sequence[float]]) -> Split:
+    whole, first, rest = (statistics.median(column) for column in zip(*rounds, strict=True))
+    ratio = statistics.median((first + rest) / whole for whole, first, rest in rounds)
+    return Split(name, whole, first, rest, ratio)
 
 
 def _whole(outputs: deque[Tensor], _: Sequence[Tensor]) -> list[float]:
