@@ -77,12 +77,12 @@ KERNELS = {"kernels of its MLPs alone, 788 x 384": (788, 384), "kernels of its M
 
 
 def measure_split(full: bool) -> Iterator[Split]:
-    """The networks that have a goal, or all, then kernels alone, each in a process of its own."""
+    """The networks that have a goal, or all and then kernels alone, each in a process of its own."""
     for index in range(len(NETWORKS)):
         if not full and NETWORKS[index].goal is None:
             continue
         yield run_forked(partial(_measure, index), 1, timeout_s=600)[0]
-    for name in KERNELS:
+    for name in KERNELS if full else ():
         yield run_forked(partial(_measure_kernels, name), 1, timeout_s=600)[0]
 
 
