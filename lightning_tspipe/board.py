@@ -60,8 +60,8 @@ class FailureBoard:
                 self._store.set(f"seen {peer}", "")
             text = self._store.get("failure").decode()
             self._store.set(f"seen {self._topology.rank}", "")
-        except Exception:
-            text = died.format(self._name(0))
+        except Exception:  # the board is gone: rank 0 is the dead one, or has ended since because of it
+            text = died.format(self._name(None if peer is None else 0))
         return PipelineError(f"Rank {self._topology.rank} stops because the pipeline lost a rank: {text}")
 
     def _name(self, rank: int | None) -> str:

@@ -11,7 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
-from tests.scripts.hiding import LARGE, Hide
+from tests.scripts.hiding import LARGE, Hide, tell_apart
 
 HIDE = Hide(LARGE)  # while tests are collected: less to import, and less memory for every fork to copy
 
@@ -25,6 +25,7 @@ LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NOD
 def pytest_collection_finish() -> None:
     """Most tests fork: what is there by now is not for a child's garbage collector, which would copy all its memory."""
     HIDE.end()
+    tell_apart()
     gc.collect()
     gc.freeze()
 

@@ -21,6 +21,7 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.aggregation import CatMetric
 
 from lightning_tspipe import TSPipeStrategy
+from lightning_tspipe.board import FailureBoard
 from lightning_tspipe.topology import Topology
 from tests.multiproc import TWIN, Fit, result_of, run_fits
 from tests.ports import free_port
@@ -395,6 +396,16 @@ def test_kill_9_ends_every_replica_and_names_the_dead(zygote: Zygote, tmp_path: 
             assert ends[rank] - struck < 10
             name = f"rank {victim} (stage {victim % stages})" if stages > 1 else "another rank"
             assert f"{name} died" in text
+
+
+def test_who_comes_late_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0, which has the board, may have ended since, because of the same rank."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    board = FailureBoard(Topology(0, 2, 1))
+    late = FailureBoard(Topology(1, 2, 1), board.port)
+    del board
+    assert "another rank died without a word" in str(late.explain(None))
+    assert "rank 0 (stage 0) died without a word" in str(late.explain(0))
 
 
 if __name__ == "__main__":

@@ -75,17 +75,17 @@ class Distillation(TeacherStudentModule):
 
 
 def measure_balance(full: bool) -> list[Cut]:
-    """The first teacher, or every one, at every number of stages.
+    """The first teacher at two numbers of stages, or every one at every number.
 
     Layers are measured by themselves in some processes, before, between and after the fits, and the median counts: a
     convolution with large filters can take a third less in one process than in most. Nothing that the fits have
     measured is used.
     """
-    cuts = []
+    cuts, counts = [], STAGES if full else STAGES[::2]
     message = run_forked(_message_cost, 2, free_port(), timeout_s=TIMEOUT_S)[0]
     for teacher in TEACHERS if full else list(TEACHERS)[:1]:
         measured, chosen = [], {}
-        for stages in (*STAGES, None):
+        for stages in (*counts, None):
             measured.append(run_forked(_measure, 1, teacher, timeout_s=TIMEOUT_S)[0])
             if stages is not None:
                 chosen[stages] = run_forked(_fit, 1, teacher, stages, timeout_s=TIMEOUT_S)[0]
@@ -97,7 +97,7 @@ def measure_balance(full: bool) -> list[Cut]:
             )
             for place, messages in ((0, 2), (1, 1))
         )
-        for stages in STAGES:
+        for stages in counts:
             seconds = [slowest(student, of_teacher, sizes) for sizes in (chosen[stages], by_parameters[stages])]
             cuts.append(Cut(teacher, stages, *seconds, best(student, of_teacher, stages)))
     return cuts

@@ -1,10 +1,13 @@
-"""Packages that importing Lightning would import, but that a process does not need, can be hidden meanwhile."""
+"""Less for Lightning to import and to look for: packages can be hidden, and what is installed is asked for once."""
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.metadata
+import numbers
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 LARGE = {"matplotlib", "scipy", "transformers"}  # torchmetrics looks for them, and does without
@@ -18,6 +21,8 @@ class Hide(importlib.abc.MetaPathFinder):
     """
 
     def __init__(self, hidden: set[str]) -> None:
+        # every Trainer asks for them, and reads the files of all packages for that
+        importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
         self._hidden, self._distribution = hidden, importlib.metadata.distribution
         sys.meta_path.insert(0, self)
         importlib.metadata.distribution = self._found
@@ -37,3 +42,18 @@ class Hide(importlib.abc.MetaPathFinder):
         self._hidden = set()  # others may have taken the function below
         sys.meta_path.remove(self)
         importlib.metadata.distribution = self._distribution
+
+
+def tell_apart() -> None:
+    """Ask of many types whether they are what Lightning asks for: the answers are kept, also for processes that fork.
+
+    A rank of a small training would else spend an eighth of its time on that.
+    """
+    from torchmetrics import Metric
+
+    where = ("tests.", "torch.nn.", "torch.utils.data", "lightning.pytorch.trainer.connectors", "builtins", "types")
+    modules = [module for name, module in sys.modules.items() if name.startswith(where)]
+    types = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
+    for kind in types:
+        for asked in (Metric, Mapping, Sequence, Iterable, numbers.Number):
+            issubclass(kind, asked)

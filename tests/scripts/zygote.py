@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.ports import free_port
-from tests.scripts.hiding import LARGE, Hide
+from tests.scripts.hiding import LARGE, Hide, tell_apart
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,6 +103,7 @@ def _warm_up(module: str) -> None:
     if module not in sys.modules:
         with suppress(Exception), redirect_stdout(sys.stderr):  # stdout has the answers
             importlib.import_module(module)
+            tell_apart()
         gc.collect()
         gc.freeze()  # a child's garbage collector would else copy all that is there
 
