@@ -88,7 +88,7 @@ def faults() -> Iterator[Fault]:
         often = where not in ("on_train_start", "on_train_end", "on_fit_end", "setup", "teardown", "configure_model",
                               "on_fit_start", "configure_optimizers", "between")  # fmt: skip
         nth = 2 if where.startswith(("on_validation", "on_train_epoch", "validation")) else draw.randint(3, 9)
-        delay = draw.uniform(0.0005, 0.02) if late else 0.0
+        delay = draw.uniform(0.0005, 0.006) if late else 0.0  # a step takes a few milliseconds
         everyone_or = tuple(range(ranks)) if everyone else (victims,)
         resume_on = draw.choice([ranks, ranks, 5 - ranks])
         return Fault(how, where, everyone_or, ranks, nth if often else 1, delay, resume_on, options)

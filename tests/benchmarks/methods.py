@@ -43,6 +43,7 @@ class Method:
         ways: names and options.
         equal: whether accuracy and loss must be the same in all ways, to the last digit that is printed.
         rows: how many of them a batch norm in training normalizes together; None for the whole batch.
+        double: whether all of it is in float64, where no script says so.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Method:
     ways: list[tuple[str, str]]
     equal: bool = False
     rows: int | None = None
+    double: bool = False
 
 
 METHODS = [
@@ -67,6 +69,7 @@ METHODS = [
         for name in ("byol_digits", "moco_v3")
     ),
     Method("distill_digits", "--epochs 16 --precision 64-true", "student", FROZEN, equal=True),
+    Method("distill_fashion", "", "distilled", [(f"{way}, float64", o) for way, o in FROZEN], equal=True, double=True),
     Method("distill_digits", "--epochs 16 --soft 0", "student", [SINGLE]),
     Method("feature_digits", "--epochs 10 --hint 0 --attention 0", "student", [SINGLE]),
     Method("mean_teacher", "--epochs 10 --weight 0", "accuracy", [SINGLE]),
@@ -86,15 +89,15 @@ def runs(methods: list[Method], seeds: int) -> Iterator[tuple[Method, str, list[
 
 
 def file_of(folder: Path, method: Method, options: list[str]) -> Path:
-    by_rows = [] if method.rows is None else ["rows", str(method.rows)]
-    return folder / f"{'_'.join([method.name, *options, *by_rows]).replace('--', '').replace(' ', '_')}.json"
+    changes = [*([] if method.rows is None else ["rows", str(method.rows)]), *["double"] * method.double]
+    return folder / f"{'_'.join([method.name, *options, *changes]).replace('--', '').replace(' ', '_')}.json"
 
 
 def run(zygote: Zygote, folder: Path, method: Method, options: list[str]) -> dict[str, object]:
     """Train once, in a folder of its own."""
     out, start = folder / "output", time.monotonic()
     out.mkdir(exist_ok=True, parents=True)
-    arguments = {"name": method.name, "options": options, "rows": method.rows}
+    arguments = {"name": method.name, "options": options, "rows": method.rows, "double": method.double}
     ranks = 1 if "auto" in options else 2
     codes = zygote.run(TARGET, ranks, out, deadline=900, **arguments)
     text = (out / "0.txt").read_text()

@@ -47,8 +47,12 @@ def normalize_by_rows(rows: int) -> None:
         kind.forward = forward  # type: ignore[method-assign]
 
 
-def run_example(rank: int, out: Path, name: str, options: list[str], rows: int | None = None) -> None:
-    """What every rank of an example runs; `rows` as in `normalize_by_rows`."""
+def run_example(
+    rank: int, out: Path, name: str, options: list[str], rows: int | None = None, double: bool = False
+) -> None:
+    """What every rank of an example runs; `rows` as in `normalize_by_rows`, `double` for networks in float64."""
+    if double:
+        torch.set_default_dtype(torch.float64)
     if rows is not None:
         normalize_by_rows(rows)
     sys.argv = [name, *options]
