@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +146,15 @@ class Arrangement:
             return planner
         measured = self.placement
 
-        def of(microbatches: int) -> Planner:
+        @cache
+        def of(microbatches: int) -> tuple[Placement, Planner]:
             self.placement = measured.of_rows(self._rows / microbatches)
-            return self._planner(options, post_ahead)
+            return self.placement, self._planner(options, post_ahead)
 
-        count = known or fastest_count(self._topology.stages, planner.microbatches, of, int(self._rows) // 2)
-        planner = of(count)
+        count = known or fastest_count(
+            self._topology.stages, planner.microbatches, lambda count: of(count)[1], int(self._rows) // 2
+        )
+        self.placement, planner = of(count)
         planner.microbatches = count
         return planner
 

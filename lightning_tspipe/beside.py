@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_tspipe import tree
 
@@ -44,8 +43,7 @@ class Beside:
         """The first stream is going to read what the second one made: its memory is not free before that has ended."""
         if self._device.type == "cuda":
             for leaf in tree.flatten(outputs)[0]:
-                if isinstance(leaf, Tensor):
-                    leaf.record_stream(self._module.current_stream(self._device))
+                leaf.record_stream(self._module.current_stream(self._device))
 
     def join(self) -> None:
         """What the first stream is given from now on begins after all that the second one was given."""

@@ -162,9 +162,8 @@ def find_schedule(
     held = max_held, max_held if max_held_split is None else max_held_split
     search = _Search(microbatches, teacher, costs, lookahead, loss_over, order == "auto", max_in_flight, held)
     names = [name for name in names if name in lean or search.holds_all(name)]
-    if not names:
-        hint = "allow more, or take fewer microbatches" + ', or set loss_over="microbatch"' * (loss_over == "batch")
-        require(False, f"all {microbatches} microbatches are in flight at once, which the bound forbids: {hint}")
+    hint = "allow more, or take fewer microbatches" + ', or set loss_over="microbatch"' * (loss_over == "batch")
+    require(bool(names), f"all {microbatches} microbatches are in flight at once, which the bound forbids: {hint}")
     return search.run(names)
 
 

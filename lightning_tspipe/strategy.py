@@ -62,7 +62,8 @@ class TSPipeStrategy(ReportingStrategy):
     Args:
         stages: number of stages; "auto" takes all devices. With fewer, there are several pipelines, data-parallel
             replicas that average their gradients.
-        microbatches: per batch; "auto" takes the fewest that let the teacher fill the bubbles.
+        microbatches: per batch; "auto" takes the fewest that let the teacher fill the bubbles, or another number with
+            which the step is shorter by measured costs.
         schedule: the order of the work; "afab" (all forwards, then all backwards), "1f1b", or "afab-split" and "zb",
             the same two with the backward split into inputs and weights; "auto" takes the fastest by measured costs.
         balance: "auto" (measured), "parameters", the numbers of layers of the stages, a dict of these (`partition`), or
