@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tspipe.selective import View, unpack
+
 
 def is_known(node: Any, slots: Sequence[int]) -> bool:
     """Whether `weights_half` can compute these gradients.
 
-    Not where hooks pack what is saved: a checkpoint may unpack only once in each backward.
+    Not where others' hooks pack what is saved: a checkpoint may unpack only once in each backward.
 
     Args:
         node: of a matrix product or a convolution.
@@ -70,15 +72,20 @@ def _filter(gradient: Tensor, saved: tuple[Any, ...], slots: Sequence[int]) -> l
 
 
 def _is_packed(saved: Any) -> bool:
-    """Whether a hook has packed a saved tensor."""
-    return getattr(saved, "unpack_hook", saved) is not None
+    """Whether a hook that is not ours has packed a saved tensor."""
+    return getattr(saved, "unpack_hook", saved) not in (None, unpack)
 
 
 def _has_formula(node: Any, left: Any) -> bool:
     """Whether the right matrix lies in memory by columns, as a transposed weight does; others have another formula."""
     sizes, strides = node._saved_mat2_sym_sizes, node._saved_mat2_sym_strides
     by_columns = strides[0] == 1 and strides[1] == sizes[0]
-    return bool(by_columns) and not _is_packed(left) and left.unpack().layout is torch.strided
+    return bool(by_columns) and not _is_packed(left) and _is_strided(left)
+
+
+def _is_strided(saved: Any) -> bool:
+    """Whether it is a usual tensor; what is to be computed again is, and is not computed to learn that."""
+    return isinstance(saved.data, View) or saved.unpack().layout is torch.strided
 
 
 def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

@@ -25,6 +25,7 @@ from lightning_tspipe.placement import Placement
 from lightning_tspipe.placing import Placer, check_same, fewest_in_flight, named, rows_of
 from lightning_tspipe.plan import Planner, estimate_costs, fastest_count, most_in_memory
 from lightning_tspipe.randomness import kept
+from lightning_tspipe.selective import Recompute
 from lightning_tspipe.steps import Options
 from lightning_tspipe.taps import TapError
 from lightning_tspipe.topology import Topology
@@ -56,7 +57,7 @@ class Arrangement:
         microbatches: per batch; "auto" if that is to be found.
         teacher_microbatches: the same of the teacher.
         schedule: the order of the work, or "auto".
-        recompute: whether the student's forwards run again in their backwards.
+        recompute: whether the student's forwards run again in their backwards, or what is cheap in them.
         max_memory: bytes per rank; None: what the device has.
         broadcast: gives every rank what rank 0 has.
     """
@@ -71,7 +72,7 @@ class Arrangement:
         microbatches: int | str,
         teacher_microbatches: int | str,
         schedule: str,
-        recompute: bool,
+        recompute: Recompute,
         max_memory: int | None,
         broadcast: Callable[[Any], Any],
     ) -> None:
@@ -81,7 +82,7 @@ class Arrangement:
         self._broadcast, self._microbatches = broadcast, microbatches
         self._teacher_microbatches = teacher_microbatches
         self._rows: float = 0  # of a batch, where one was measured
-        self._schedule, self._recompute = schedule, recompute
+        self._schedule, self._recompute, self._selective = schedule, recompute is True, recompute == "selective"
         source = None if module.momentum is None else module.ema_source()
         cuts = {} if isinstance(balance, Placement) else explicit_cuts(balance, source is not None)
         examples = Examples(trainer, module, broadcast)
@@ -96,7 +97,7 @@ class Arrangement:
             fits = trainer.state.fn == TrainerFn.FITTING
             if isinstance(balance, Placement):
                 check_same(balance, layers, stages)
-                self.parts, self.placement = layers.cut(*balance.sizes), replace(balance, recompute=recompute)
+                self.parts, self.placement = layers.cut(*balance.sizes), replace(balance, recompute=self._recompute)
             elif balance == "auto" and fits and stages > 1:
                 self.parts, self.placement = self._measured(layers, examples, microbatches)
             else:
@@ -117,7 +118,7 @@ class Arrangement:
         if self._topology.replica == 0:
             assert self._comm is not None
             context = self._trainer.precision_plugin.train_step_context
-            recompute = self._recompute, self._keeps_inputs
+            recompute = self._recompute, self._keeps_inputs, self._selective
             placer = Placer(layers, stages, self._comm, self._device, context, *recompute)
             with kept(self._device, *self._module.modules()):
                 in_flight = fewest_in_flight(self._module.loss_over, count, stages)

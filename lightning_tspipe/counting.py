@@ -15,6 +15,7 @@ from lightning_tspipe import split, tree
 from lightning_tspipe.measure import LayerCost
 from lightning_tspipe.partition import Layers
 from lightning_tspipe.recording import Fake, give_fakes, memory_of, tensors_of, unchanged
+from lightning_tspipe.selective import noting, selectively
 from lightning_tspipe.stage import own_input
 
 CPU = torch.device("cpu")  # where the tensors without memory claim to be; operations and shapes are the same elsewhere
@@ -40,6 +41,7 @@ def counted(
     sample: dict[str, list[Any]],
     rate: float,
     context: Callable[[], AbstractContextManager[Any]],
+    selective: bool = False,
 ) -> tuple[list[LayerCost], list[LayerCost]]:
     """Costs of the student's layers and of the teacher's, one microbatch each.
 
@@ -50,6 +52,7 @@ def counted(
         sample: one microbatch of each network's input, view by view; shapes and types count.
         rate: operations per second, a multiplication and an addition being two.
         context: of a forward in the run's precision.
+        selective: whether the student's forwards keep no outputs of cheap functions (`Selective`).
     """
     with torch.enable_grad(), context():
         for name, traced in layers.traced.items():
@@ -64,13 +67,13 @@ def counted(
             for module in modules:
                 for _ in give_fakes(module, fakes, CPU, trained=True):
                     pass
-            student, teacher = (_costs(layers, name, sample[name], rate) for name in ("student", "teacher"))
+            student, teacher = (_costs(layers, name, sample[name], rate, selective) for name in ("student", "teacher"))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return student, teacher
 
 
-def _costs(layers: Layers, network: str, views: list[Any], rate: float) -> list[LayerCost]:
+def _costs(layers: Layers, network: str, views: list[Any], rate: float, selective: bool) -> list[LayerCost]:
     apart, known = layers.apart(), tensors_of(layers.networks[network])
     values, times = _different(views)
     costs: list[LayerCost] = []
@@ -83,7 +86,7 @@ def _costs(layers: Layers, network: str, views: list[Any], rate: float) -> list[
         tensors = list({id(known[name]): known[name] for name in layer.state_names if name in known}.values())
         (runs,) = apart.runs(network, number)
         with torch.set_grad_enabled(network == "student"):
-            found = [_Pass(runs.module, value, tensors, number == 0, kept) for value in values]
+            found = [_Pass(runs.module, value, tensors, number == 0, kept, selective) for value in values]
         forward, inputs, both = (total(one.flops[place] for one in found) / rate for place in range(3))
         received, values = values, [one.output for one in found]
         costs.append(
@@ -122,7 +125,15 @@ class _Pass:
         pending, keeps_graph: as of `LayerCost`, for this view.
     """
 
-    def __init__(self, layer: Any, value: Any, tensors: Sequence[Tensor], first: bool, kept: dict[int, Tensor]) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        value: Any,
+        tensors: Sequence[Tensor],
+        first: bool,
+        kept: dict[int, Tensor],
+        selective: bool,
+    ) -> None:
         leaves, structure = tree.flatten(value)
         floats = torch.is_grad_enabled() and not first
         leaves = [leaf.detach().requires_grad_(floats and leaf.is_floating_point()) for leaf in leaves]
@@ -139,7 +150,7 @@ class _Pass:
             return tensor
 
         value = tree.unflatten(leaves, structure)
-        with _counting() as forward, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with _counting() as forward, noting(note, selective):
             output = layer(own_input(layer, value))
         results = [leaf for leaf in tree.flatten(output)[0] if leaf.requires_grad]
         given = [torch.ones_like(leaf) for leaf in results]
@@ -152,7 +163,9 @@ class _Pass:
         self.flops = forward.get_total_flops(), *backward
         self.pending, self.keeps_graph = 0, False
         if results:
-            results = [leaf for leaf in tree.flatten(layer(own_input(layer, value)))[0] if leaf.requires_grad]
+            with selectively(selective):
+                again = layer(own_input(layer, value))
+            results = [leaf for leaf in tree.flatten(again)[0] if leaf.requires_grad]
             rest = split.backward_inputs(results, given, wanted)
             memory = {memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in rest.kept}
             self.pending = sum(size for place, size in memory.items() if place not in parameters)

@@ -68,10 +68,11 @@ def dry_placement(
     with context():
         layers = find_layers(module.student, module.teacher, stages, {}, source, lambda name: sample[name], CPU, taps)
     layers.cut(*layers.by_parameters(stages))  # what cannot be cut is an error here
-    costs = counted(layers, sample, rate, context)
+    costs = counted(layers, sample, rate, context, asked.recompute == "selective")
     message = MessageCost(per_byte=1 / machine.bandwidth if machine.bandwidth else 0.0)
     limit = math.inf if machine.memory is None else machine.memory
-    cutter = Cutter(layers, stages, asked.recompute, asked.recompute)
+    recompute = asked.recompute is True
+    cutter = Cutter(layers, stages, recompute, recompute)
     placement = cutter.place(
         *costs, message, check_rows(student, teacher), limit, fewest_in_flight(module.loss_over, count, stages)
     )

@@ -15,6 +15,7 @@ from lightning_tspipe import _lightning, _loaders
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch, make_batch
 from lightning_tspipe.feed import Feed, FollowingFeed, LeadingFeed
+from lightning_tspipe.memory import keep_freed
 from lightning_tspipe.module import TeacherStudentModule
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.randomness import Generators
@@ -75,7 +76,7 @@ class Fitting:
         self._replanner: Replanner | None = None
         if comm is not None and stage.device.type == "cpu":  # a host's clock does not tell what a kernel takes
             self._replanner = Replanner(self.runtime, comm)
-        self.in_step = False
+        self.in_step = self._keeps_freed = False
 
     def connect(self, places: tuple[dict[int, int], int], before_loading: Callable[[], list[Any]]) -> None:
         """Put this rank's parts into Lightning's loop.
@@ -151,6 +152,9 @@ class Fitting:
 
     def after_optimizer_step(self) -> None:
         """Make the update that the next step uses, so that a validation and a checkpoint see it."""
+        if not self._keeps_freed and self.runtime.device.type == "cpu":  # what stays has its memory by now
+            self._keeps_freed = True
+            self._undo.insert(0, keep_freed())  # ends last
         step = self._trainer.global_step + 1  # Lightning counts the step after this call
         self._module.note_momentum(step)
         if self._teacher is not None and self._version(step + 1) == step:

@@ -16,6 +16,7 @@ from lightning_tspipe import split, tree
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.memory import made_up, swap
 from lightning_tspipe.recording import unchanged
+from lightning_tspipe.selective import noting, selectively
 from lightning_tspipe.stage import own_input
 
 ROUNDS = 4  # of which the fastest counts, pass by pass
@@ -79,10 +80,11 @@ class Meter:
 
     Args:
         device: where.
+        selective: whether the student's forwards keep no outputs of cheap functions (`Selective`).
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, selective: bool = False) -> None:
+        self._device, self._selective = device, selective
         self._counted: set[int] = set()  # memory of the last layer's outputs that is in `held` of a layer already
 
     def teacher(self, layer: nn.Module, tensors: Sequence[Tensor], views: list[Any]) -> tuple[list[Any], LayerCost]:
@@ -125,7 +127,8 @@ class Meter:
             for _ in _until(ENOUGH, ROUNDS):
                 value = own_input(layer, tree.unflatten(leaves, structure))
                 start = self._now()
-                output = layer(value)
+                with selectively(self._selective):
+                    output = layer(value)
                 best[0] = min(best[0], self._now() - start)
                 results = [leaf for leaf in tree.flatten(output)[0] if leaf.requires_grad]
                 given = [torch.ones_like(leaf) for leaf in results]
@@ -155,7 +158,7 @@ class Meter:
                     saved[storage.data_ptr()] = storage.nbytes()
                 return tensor.detach()  # else a node that saves its own output would never be freed
 
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            with noting(note, self._selective):
                 output = layer(value)
             for leaf in tree.flatten(output)[0]:
                 place = leaf.untyped_storage().data_ptr()

@@ -32,6 +32,7 @@ GIVEN = "given"  # it took the place of a parameter, so its values count
 RELEASED = "released"  # another rank holds it
 DROPPED = "dropped"  # it has no memory, and a constructor wanted to give it values, outside of `reset_parameters`
 UNREAD = "_tspipe_unread"  # the attribute of a lent tensor whose values are still on disk, or of a stand-in for these
+_TRIM_THRESHOLD, _MOST_KEPT = -1, 64 << 20  # M_TRIM_THRESHOLD of glibc's malloc.h, and how far it rises by itself
 _RESETS = ("reset_parameters", "_reset_parameters")  # nn.MultiheadAttention has it under a private name only
 
 
@@ -131,6 +132,28 @@ def trim() -> None:
     function = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if function is not None:  # other C libraries have none
         function(0)
+
+
+def keep_freed() -> Callable[[], None]:
+    """Let glibc keep the end of its heap, too, when that is freed; call it when blocks of a step's sizes were freed.
+
+    Else a step gives memory back and takes it again page by page, and the pages are new to the processor's caches. What
+    glibc takes from its heap are blocks no larger than one that it has freed, up to 32 MiB, and that stays as it is.
+    `trim` gives memory back all the same. https://man7.org/linux/man-pages/man3/mallopt.3.html
+
+    Returns:
+        What ends that and gives back what is free.
+    """
+    function = getattr(ctypes.CDLL(None), "mallopt", None)
+    if function is None:
+        return trim
+    function(_TRIM_THRESHOLD, 2**31 - 1)
+
+    def end() -> None:
+        function(_TRIM_THRESHOLD, _MOST_KEPT)
+        trim()
+
+    return end
 
 
 @contextmanager

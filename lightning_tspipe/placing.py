@@ -117,7 +117,7 @@ class Cutter:
         except ValueError as error:
             whole = sum(student.weights) + sum(teacher.weights)
             way_out = "more stages or smaller microbatches" if self._recompute else (
-                "more stages, smaller microbatches, or recompute=True"
+                'more stages, smaller microbatches, or recompute=True (or "selective")'
             )  # fmt: skip
             raise ValueError(
                 f"No cut into {self._stages} stages keeps max_memory={limit:,.0f} bytes per rank: weights, gradients "
@@ -137,6 +137,7 @@ class Placer(Cutter):
         context: of a forward in the run's precision.
         recompute: whether each backward of the student begins with its forward again.
         keeps_inputs: whether until then a stage holds what goes in and out of it only (`Chain.passed`).
+        selective: as of `Meter`.
     """
 
     def __init__(
@@ -148,10 +149,11 @@ class Placer(Cutter):
         context: Callable[[], AbstractContextManager[Any]],
         recompute: bool = False,
         keeps_inputs: bool = False,
+        selective: bool = False,
     ) -> None:
         super().__init__(layers, stages, recompute, keeps_inputs)
         self._comm, self._context = comm, context
-        self._meter = Meter(device)
+        self._meter = Meter(device, selective)
         self._tensors = {name: tensors_of(network) for name, network in layers.networks.items()}
 
     def find(

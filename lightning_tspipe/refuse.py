@@ -64,24 +64,29 @@ def check_strategy_arguments(
     ):
         if value not in choices:
             raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(map(repr, choices))}")
-    if not isinstance(recompute, bool):
-        raise ValueError(f"recompute={recompute!r}: give True or False")
+    if recompute != "selective" and not isinstance(recompute, bool):
+        raise ValueError(f'recompute={recompute!r}: give True, False or "selective"')
 
 
-def check_compile_arguments(compile: object) -> dict[str, Any] | None:
+def check_compile_arguments(compile: object, recompute: object) -> dict[str, Any] | None:
     """What the strategy's `compile` means: keyword arguments of torch.compile, or None.
 
     Raises:
         ValueError: it means nothing.
     """
-    if isinstance(compile, bool):
-        return {} if compile else None
+    if compile is False:
+        return None
     known = [name for name in inspect.signature(torch.compile).parameters if name != "model"]
-    if not isinstance(compile, Mapping) or not set(compile) <= set(known):
+    if compile is not True and (not isinstance(compile, Mapping) or not set(compile) <= set(known)):
         raise ValueError(
             f"compile={compile!r}: give True, False, or a dict of arguments of torch.compile: {', '.join(known)}"
         )
-    return dict(compile)
+    if recompute == "selective":
+        raise ValueError(
+            'recompute="selective" with compile: a compiled stage calls no functions that could run again. Use '
+            "recompute=True, or leave it to torch.compile (torch._functorch.config.activation_memory_budget)."
+        )
+    return {} if isinstance(compile, bool) else dict(compile)
 
 
 def check_compile(options: Mapping[str, Any] | None, schedule: str, device: torch.device) -> None:

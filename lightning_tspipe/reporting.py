@@ -9,6 +9,7 @@ from lightning_tspipe.placement import Placement
 from lightning_tspipe.runtime import Runtime
 from lightning_tspipe.saving import CheckpointStrategy
 from lightning_tspipe.schedule import Costs, Schedule
+from lightning_tspipe.selective import Recompute
 
 
 class Asked(NamedTuple):
@@ -16,7 +17,7 @@ class Asked(NamedTuple):
 
     stages: int | Literal["auto"]
     microbatches: int | Literal["auto"]
-    recompute: bool
+    recompute: Recompute
     teacher_microbatches: int | Literal["auto"]
 
 
@@ -27,7 +28,7 @@ class ReportingStrategy(CheckpointStrategy):
     _microbatches: int | Literal["auto"] = "auto"
     _balance: Balance | Placement = "auto"
     _stages: int | Literal["auto"] = "auto"
-    _recompute: bool = False
+    _recompute: Recompute = False
     _teacher_microbatches: int | Literal["auto"] = "auto"
 
     @property

@@ -20,6 +20,7 @@ from lightning_tspipe.arguments import Call
 from lightning_tspipe.batchnorm import DeferredBatchNorm, Joint, too_few_values
 from lightning_tspipe.layers import Entry, Layer
 from lightning_tspipe.reach import reach
+from lightning_tspipe.selective import Recompute, Selective
 from lightning_tspipe.steps import Options, call_all, chain
 from lightning_tspipe.taps import Tapped
 from lightning_tspipe.trace import Carried, Segment
@@ -45,7 +46,8 @@ class Stage:
         device: where the layers are.
         seed: base of the random numbers of dropout and the like: they depend on (seed, batch, microbatch, layer) only.
         joint: over what replicas batch norms take their statistics (`DeferredBatchNorm`).
-        recompute: whether a student's forward keeps its inputs only, and runs again in the backward.
+        recompute: whether a student's forward keeps its inputs only, and runs again in the backward; "selective":
+            only what is cheap does (`Selective`).
         compile_options: keyword arguments of torch.compile, which the layers then go through; None leaves them alone.
     """
 
@@ -58,7 +60,7 @@ class Stage:
         device: torch.device,
         seed: int,
         joint: Joint | None = None,
-        recompute: bool = False,
+        recompute: Recompute = False,
         compile_options: Options | None = None,
     ) -> None:
         self._layers: dict[Network, list[nn.Module]] = {
@@ -77,7 +79,8 @@ class Stage:
             network: DeferredBatchNorm(layers, joint) for network, layers in self._layers.items()
         }
         self._in_place = {network: bool(found) and in_place(found[0]) for network, found in self._layers.items()}
-        self._recompute, self._is_compiled = recompute, compile_options is not None
+        self._recompute, self._is_compiled = recompute is True, compile_options is not None
+        self._selective = Selective()
         self._checked = False  # that no layer of the student changes its buffers
         self._current: tuple[int, ...] = ()  # what the random numbers depend on
         names = {"student": [layer.name for layer in student], "teacher": [layer.name for layer in teacher]}
@@ -86,8 +89,9 @@ class Stage:
             network: _chain(layers, names[network], compile_options, self._begin_layer)
             for network, layers in self._layers.items()
         }
+        of_student = {True: self._checkpoint, "selective": self._selectively}
         self._runs: dict[Network, Callable[[Any], Any]] = {
-            "student": self._checkpoint if recompute else partial(self._pass, "student"),
+            "student": of_student.get(recompute, partial(self._pass, "student")),
             "teacher": partial(self._pass, "teacher"),
         }
         self._seeds_itself = {
@@ -215,6 +219,10 @@ class Stage:
             if (known := too_few_values(error, f"the {network}", named)) is not None:
                 raise known from error
             raise
+
+    def _selectively(self, inputs: Any) -> Any:
+        with self._selective:
+            return self._pass("student", inputs)
 
     def _checkpoint(self, inputs: Any) -> Any:
         """The student's pass, which keeps its inputs only; torch runs it again in the backward, with equal numbers."""

@@ -50,6 +50,7 @@ from lightning_tspipe.refuse import (
 )
 from lightning_tspipe.replicas import Replicas
 from lightning_tspipe.reporting import ReportingStrategy
+from lightning_tspipe.selective import Recompute
 from lightning_tspipe.stage import Stage
 from lightning_tspipe.topology import Topology
 
@@ -74,7 +75,8 @@ class TSPipeStrategy(ReportingStrategy):
         process_group_backend: "nccl" or "gloo"; None takes nccl on GPUs and gloo elsewhere.
         timeout: how long one message may take.
         state_dict_type: of checkpoints: "full" is one file, "sharded" a folder to which each rank writes its own part.
-        recompute: whether a student stage keeps only what goes in and out of it, and runs again in the backward.
+        recompute: whether a student stage keeps only what goes in and out of it, and runs again in the backward;
+            "selective": it keeps all but what is cheap to compute again.
         compile: whether each stage goes through torch.compile, or the arguments for that.
         teacher_microbatches: per batch, of the teacher, a multiple or a divisor of `microbatches`; "auto" takes
             as many, or more where that pays.
@@ -96,7 +98,7 @@ class TSPipeStrategy(ReportingStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         state_dict_type: Literal["full", "sharded"] = "full",
-        recompute: bool = False,
+        recompute: Recompute = False,
         compile: bool | dict[str, Any] = False,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -110,7 +112,7 @@ class TSPipeStrategy(ReportingStrategy):
         self._teacher_microbatches = teacher_microbatches
         self._balance = read_balance(balance)
         check_strategy_arguments(stages, max_memory, start_method, process_group_backend, state_dict_type, recompute)
-        self._recompute, self._compile = recompute, check_compile_arguments(compile)
+        self._recompute, self._compile = recompute, check_compile_arguments(compile, recompute)
         self._stages, self._microbatches, self._schedule, self._max_memory = stages, microbatches, schedule, max_memory
         self._start_method, self._backend, self._timeout = start_method, process_group_backend, timeout
         self._signals: _lightning.SignalLink | None = None

@@ -22,8 +22,8 @@ ORDER = (
     *("greedy", "plain", "holes", "ahead", "floor", "orders", "placement", "journal", "rivals", "perfetto"),
     "picture",  # and Pillow, where it draws
     # what a network and its schedule are
-    *("tree", "arguments", "taps", "batchnorm", "recording", "memory", "steps", "trace", "balance", "layers"),
-    *("partition", "teacher", "plan", "prospects", "_nodes", "split", "reach"),
+    *("tree", "arguments", "taps", "batchnorm", "recording", "selective", "memory", "steps", "trace", "balance"),
+    *("layers", "partition", "teacher", "plan", "prospects", "_nodes", "split", "reach"),
     # one rank at work
     *("stage", "data", "board", "edge", "channel", "comm", "replicas", "logrelay", "hooks", "scope", "lossside"),
     *("checkpoint", "stopwatch", "beside", "runtime", "replan", "measure", "placing", "counting", "randomness"),
