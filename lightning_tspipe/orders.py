@@ -61,7 +61,7 @@ class Found:
         order: its name, never "auto".
         period: seconds of a steady step.
         bound: seconds that no schedule beats: work alone.
-        floor: the same with what the bounds on memory force (`floor.step_floor`).
+        floor: the same with the waits that no order avoids (`floor.step_floor`).
         evaluations: how many orders were simulated.
     """
 
@@ -219,9 +219,7 @@ class _Search:
         self.budget = min(MOST, max(FEWEST, BUDGET // (self.stages * max(self.microbatches, self.teacher))))
 
     def run(self, names: Sequence[str]) -> Found:
-        self.floor = min(
-            step_floor(self.costs, self.microbatches, name in SPLIT, self.in_flight, self.held[name]) for name in names
-        )
+        self.floor = min(map(self.floor_of, {name in SPLIT: name for name in names}.values()))
         self.plain(names)
         if "afab" in names:
             self.all_forward_first(75 if "afab-split" in names else 150)  # the first has more to try
@@ -235,6 +233,12 @@ class _Search:
         schedule = self.schedule(self.best.rows)
         self.check(self.best.name, schedule)
         return Found(schedule, self.best.name, self.best.period, self.bound, self.floor, self.evaluations)
+
+    def floor_of(self, name: str) -> float:
+        """Seconds of a step at least; a teacher with microbatches of its own counts as work only."""
+        ahead, loss = self.lookahead or self.teacher != self.microbatches, self.loss_over
+        bounds = self.in_flight, self.held[name]
+        return step_floor(self.costs, self.microbatches, name in SPLIT, *bounds, lookahead=ahead, loss_over=loss)
 
     def holds_all(self, name: str) -> bool:
         """Whether all microbatches of a batch may be there at once."""
