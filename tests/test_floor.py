@@ -110,3 +110,11 @@ def test_every_order_with_an_exact_teacher(
         costs, microbatches, "W" in kinds, (microbatches,) * stages, held, lookahead=False, loss_over=loss_over
     )
     assert floor <= best <= floor + 0.5
+
+
+def test_an_exact_teacher_of_three_forwards_is_at_the_floor() -> None:
+    """16 stages, M = 48: the last rank waits for T0 for 15 (t + b) + w and has 48 w to fill that with."""
+    costs = Costs.uniform(16, t=3)
+    found = find_schedule(16, 48, costs, lookahead=False, split_backward=True, loss_over="microbatch")
+    assert found.period == pytest.approx(found.floor)
+    assert found.floor == pytest.approx(found.bound + 15 * (3 + 1) + 1 - 48)
