@@ -42,7 +42,7 @@ from lightning_tspipe.schedule import (
 ORDERS = ("auto", "afab", "1f1b", "afab-split", "zb")
 SPLIT = ("afab-split", "zb")
 BUDGET = 16_000  # stages x microbatches x simulations in a search: less than a second
-FEWEST = 16  # simulations, for a large problem
+FEWEST = 20  # simulations, for a large problem
 NEARLY = 1e-9  # of rounding
 PAYS = 1.01  # by so much a step must be shorter for "auto" to split the backward, which takes more memory
 NEAR = 1.0025  # a step that is this near to its bound is as good as any
@@ -61,7 +61,7 @@ class Found:
         order: its name, never "auto".
         period: seconds of a steady step.
         bound: seconds that no schedule beats: work alone.
-        floor: the same with what the bounds on memory force (`floor.step_floor`).
+        floor: the same with the waits that no order avoids (`floor.step_floor`).
         evaluations: how many orders were simulated.
     """
 
@@ -185,7 +185,6 @@ class _Candidate:
     ahead: tuple[int, ...]
     score: Score
     period: float
-    policy: Policy | None = None
 
 
 @dataclass
@@ -219,9 +218,7 @@ class _Search:
         self.budget = min(MOST, max(FEWEST, BUDGET // (self.stages * max(self.microbatches, self.teacher))))
 
     def run(self, names: Sequence[str]) -> Found:
-        self.floor = min(
-            step_floor(self.costs, self.microbatches, name in SPLIT, self.in_flight, self.held[name]) for name in names
-        )
+        self.floor = min(map(self.floor_of, {name in SPLIT: name for name in names}.values()))
         self.plain(names)
         if "afab" in names:
             self.all_forward_first(75 if "afab-split" in names else 150)  # the first has more to try
@@ -235,6 +232,12 @@ class _Search:
         schedule = self.schedule(self.best.rows)
         self.check(self.best.name, schedule)
         return Found(schedule, self.best.name, self.best.period, self.bound, self.floor, self.evaluations)
+
+    def floor_of(self, name: str) -> float:
+        """Seconds of a step at least; a teacher with microbatches of its own counts as work only."""
+        ahead, loss = self.lookahead or self.teacher != self.microbatches, self.loss_over
+        bounds = self.in_flight, self.held[name]
+        return step_floor(self.costs, self.microbatches, name in SPLIT, *bounds, lookahead=ahead, loss_over=loss)
 
     def holds_all(self, name: str) -> bool:
         """Whether all microbatches of a batch may be there at once."""
@@ -254,7 +257,7 @@ class _Search:
     def schedule(self, rows: Rows) -> Schedule:
         return Schedule(self.stages, self.microbatches, self.loss_over, rows, self.teacher)
 
-    def offer(self, name: str, rows: Rows, policy: Policy | None = None) -> Score:
+    def offer(self, name: str, rows: Rows) -> Score:
         """Time the rows, and keep them if they are the best."""
         self.evaluations += 1
         schedule = self.schedule(rows)
@@ -267,7 +270,7 @@ class _Search:
             both *= PAYS
         score = worse, float(f"{both:.9g}"), ORDERS.index(name), sum(schedule.ahead)
         if self.best is None or score < self.best.score:
-            self.best = _Candidate(name, rows, schedule.ahead, score, period, policy)
+            self.best = _Candidate(name, rows, schedule.ahead, score, period)
         return score
 
     def plain(self, names: Sequence[str]) -> None:
@@ -327,14 +330,12 @@ class _Search:
             self.evaluate(name, policy)
             if self.enough or self.evaluations - before >= self.budget * 2 // 3:
                 break
-        best = self.best
-        if best is None or best.policy is None or self.enough:
+        if self.enough or not self.seen:
             return
-        name, policy = best.name, best.policy
-        for patience in (0.5, 1.0):
+        for patience in (0.6, 0.3, 1.0):
+            name, policy = min(self.seen, key=self.seen.__getitem__)
             self.evaluate(name, replace(policy, patience=patience))
-        assert self.best is not None
-        policy = self.best.policy or policy
+        name, policy = min(self.seen, key=self.seen.__getitem__)
         if self.lookahead:
             vary(
                 policy.ahead,
@@ -352,7 +353,7 @@ class _Search:
             self.evaluations += 1
             score: Score = (True, math.inf, 0, 0)
         else:
-            score = self.offer(name, rows, policy)
+            score = self.offer(name, rows)
         self.seen[name, policy] = score
         return score
 
@@ -384,10 +385,10 @@ class _Search:
         for patience, lead, limit in itertools.product(patiences, leads, limits):
             yield name, replace(base, in_flight=limit, lead=lead, patience=patience)
         if self.lookahead:
-            for ahead, limit in itertools.product(
-                unique([*staircases(count, self.actions, split=split), (count,) * stages]), limits
-            ):
-                yield name, replace(base, in_flight=limit, ahead=ahead)
+            stairs = unique([*staircases(count, self.actions, split=split), (count,) * stages])
+            tight = min(self.in_flight[0], self.held[name][0]) < self.microbatches  # then a wait goes round all ranks
+            for ahead, limit, patience in itertools.product(stairs, limits, (0.0, 0.6)[: 1 + tight]):
+                yield name, replace(base, in_flight=limit, ahead=ahead, patience=patience)
 
 
 def unique(items: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:

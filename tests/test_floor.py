@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+from math import inf
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_tspipe.clock import clock
 from lightning_tspipe.floor import step_floor
 from lightning_tspipe.orders import find_schedule
 from lightning_tspipe.plan import Planner
-from lightning_tspipe.schedule import Costs
+from lightning_tspipe.schedule import Action, Costs, LossOver, Schedule, ScheduleError, validate
 
 seconds = st.sampled_from([0.5, 1.0, 2.0, 3.0])
 
@@ -20,7 +25,8 @@ def test_round_trips_by_hand() -> None:
     free = (4, 4)
     assert step_floor(costs, 4, False, free, free) == 4 * 4  # work
     assert step_floor(costs, 4, False, (1, 1), free) == 4 * (3 + 1 + 3)
-    assert step_floor(costs, 4, False, (2, 1), free) == 4 * 4  # half as many round trips of 7 are shorter
+    # F2 waits on stage 0 for B0, which ends after a round trip of 7; stage 1 has B3 9 after the F2 that it sends
+    assert step_floor(costs, 4, False, (2, 1), free) == 7 + 1 + 0.5 + 2 * 3 + 0.5 + 2
     assert step_floor(costs, 4, True, (1, 1), free) == 4 * (2 + 1 + 2) + 1  # W need not be waited for, but for the last
     assert step_floor(costs, 4, True, (1, 1), (1, 1)) == 4 * (2 + 1 + 2 + 1)
 
@@ -56,3 +62,59 @@ def test_large_teacher_operations_reach_it_with_the_memory_of_1f1b() -> None:
     assert found.floor == found.bound
     assert found.period <= 1.02 * found.floor
     assert coarse.bound / coarse.period == pytest.approx(0.93, abs=0.005)
+
+
+def rows(kinds: str, microbatches: int, loss_over: LossOver) -> Iterator[tuple[Action, ...]]:
+    """Every order of one rank in which the microbatches of a kind come in turn, and each after what it needs."""
+    back = kinds[2]
+
+    def more(done: dict[str, int]) -> Iterator[tuple[Action, ...]]:
+        if not any(done[kind] < microbatches for kind in kinds):
+            yield ()
+        forwards = min(done["T"], done["F"])
+        gate = forwards if loss_over == "microbatch" or forwards == microbatches else 0
+        free = {"T": microbatches, "F": microbatches, "W": done["I"], back: gate}
+        for kind in kinds:
+            if done[kind] < free[kind]:
+                for rest in more(done | {kind: done[kind] + 1}):
+                    yield Action(kind, done[kind]), *rest  # type: ignore[arg-type]
+
+    yield from more(dict.fromkeys("TFBIW", 0))
+
+
+@pytest.mark.parametrize(
+    ("stages", "microbatches", "kinds", "loss_over", "held"),
+    [
+        (3, 1, "TFIW", "microbatch", (1, 1, 1)),
+        (2, 2, "TFB", "microbatch", (2, 1)),
+        (2, 2, "TFB", "batch", (2, 2)),
+        (2, 2, "TFIW", "microbatch", (2, 1)),
+        (2, 2, "TFIW", "batch", (2, 2)),
+    ],
+)
+@pytest.mark.parametrize("t", [(1.0, 1.0, 1.0), (3.0, 2.0, 4.0), (0.5, 2.0, 0.5)])
+def test_every_order_with_an_exact_teacher(
+    stages: int, microbatches: int, kinds: str, loss_over: LossOver, held: tuple[int, ...], t: tuple[float, ...]
+) -> None:
+    """None is below the floor, and the best one is half an action above it at most."""
+    costs = Costs(t[:stages], (1.0, 1.5, 1.0)[:stages], (1.0, 2.0, 1.5)[:stages], (1.0, 0.5, 2.0)[:stages])
+    best = inf
+    for ranks in product(rows(kinds, microbatches, loss_over), repeat=stages):
+        schedule = Schedule(stages, microbatches, loss_over, ranks)
+        try:
+            validate(schedule, max_held=held)
+        except ScheduleError:
+            continue
+        best = min(best, clock(schedule, costs).period)
+    floor = step_floor(
+        costs, microbatches, "W" in kinds, (microbatches,) * stages, held, lookahead=False, loss_over=loss_over
+    )
+    assert floor <= best <= floor + 0.5
+
+
+def test_an_exact_teacher_of_three_forwards_is_at_the_floor() -> None:
+    """16 stages, M = 48: the last rank waits for T0 for 15 (t + b) + w and has 48 w to fill that with."""
+    costs = Costs.uniform(16, t=3)
+    found = find_schedule(16, 48, costs, lookahead=False, split_backward=True, loss_over="microbatch")
+    assert found.period == pytest.approx(found.floor)
+    assert found.floor == pytest.approx(found.bound + 15 * (3 + 1) + 1 - 48)
