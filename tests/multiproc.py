@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from lightning_tspipe import TSPipeStrategy
 from tests.ports import free_port
+from tests.scripts.hiding import roomy
 
 TWIN = 0  # number of stages that stands for `strategy="auto"`
 
@@ -203,7 +204,7 @@ def _child(target: Callable[[], Any], log: Path) -> None:
     torch.cuda._is_in_bad_fork = lambda: False
     torch.set_num_threads(1)  # two threads of autograd that ask for torch's pool at once after a fork end the process
     try:
-        target()
+        roomy(target)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
