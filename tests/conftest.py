@@ -14,6 +14,12 @@ import pytest
 from tests.scripts.hiding import LARGE, Hide, tell_apart
 
 HIDE = Hide(LARGE)  # while tests are collected: less to import, and less memory for every fork to copy
+gc.disable()  # until then, too: nothing that is imported is garbage
+
+# So that who is woken waits until the other one sleeps. Else a process gives way in the middle of a call of gloo, and
+# gloo's own thread then tries for the lock of that call, a million times in a second.
+if hasattr(os, "SCHED_BATCH"):
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 import torch.distributed as dist  # noqa: E402
 
@@ -26,6 +32,7 @@ def pytest_collection_finish() -> None:
     """Most tests fork: what is there by now is not for a child's garbage collector, which would copy all its memory."""
     HIDE.end()
     tell_apart()
+    gc.enable()
     gc.collect()
     gc.freeze()
 

@@ -1,7 +1,8 @@
 """Runs trainings in forked processes and brings back what every rank saw.
 
 One call forks one driver from the process that pytest runs in (which has imported everything), so pytest's own process
-never starts `torch.distributed`; the driver runs one `Trainer.fit` after the other and each of these forks its ranks.
+never starts `torch.distributed`; the driver forks ranks, as torchrun would start them, and they run one `Trainer.fit`
+after the other.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing_extensions import override
 
 from lightning_tspipe import TSPipeStrategy
 from tests.ports import free_port
+from tests.scripts.hiding import roomy
 
 TWIN = 0  # number of stages that stands for `strategy="auto"`
 
@@ -38,8 +40,8 @@ class Fit:
     """One training.
 
     Args:
-        make_module: builds the module; called in the driver.
-        make_loader: builds the loader of the training; called in the driver.
+        make_module: builds the module; called on every rank.
+        make_loader: builds the loader of the training; called on every rank.
         stages: number of processes; `TWIN` trains by ``strategy="auto"`` instead.
         microbatches: per batch.
         make_val_loader: builds the loader of the validation, if there is one.
@@ -203,7 +205,7 @@ def _child(target: Callable[[], Any], log: Path) -> None:
     torch.cuda._is_in_bad_fork = lambda: False
     torch.set_num_threads(1)  # two threads of autograd that ask for torch's pool at once after a fork end the process
     try:
-        target()
+        roomy(target)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -230,18 +232,34 @@ def _group_alive(group: int) -> bool:
 
 
 def _drive(fits: Sequence[Fit], folder: Path) -> None:
+    """Run the trainings, those of as many stages one after another in the same ranks."""
+    callbacks = [id(callback) for fit in fits for callback in fit.trainer.get("callbacks", [])]
+    assert len(set(callbacks)) == len(callbacks), "what a callback knows of one training must not meet another one"
+    for stages in dict.fromkeys(fit.stages for fit in fits):
+        mine = {folder / str(index): fit for index, fit in enumerate(fits) if fit.stages == stages}
+        ports, ranks = [free_port() for _ in mine], range(max(1, stages))
+        processes = [multiprocessing.get_context("fork").Process(target=_rank, args=(r, mine, ports)) for r in ranks]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        codes = [process.exitcode for process in processes]
+        assert not any(codes), f"the ranks of {stages or 'the sequential twin'} ended with {codes}"
+
+
+def _rank(rank: int, fits: dict[Path, Fit], ports: list[int]) -> None:
+    """One rank of several trainings; where there is one alone, nothing looks like a launcher."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    for index, fit in enumerate(fits):
-        os.environ["MASTER_PORT"] = str(free_port())
-        if fit.stages != TWIN:
-            _train(fit, folder / str(index))
-            continue
-        process = multiprocessing.get_context("fork").Process(target=_train, args=(fit, folder / str(index)))
-        process.start()
-        process.join()
-        assert process.exitcode == 0, f"the sequential twin ended with {process.exitcode}"
+    ranks = max(1, next(iter(fits.values())).stages)
+    if ranks > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="multiproc",
+        )  # fmt: skip
+    for port, (folder, fit) in zip(ports, fits.items(), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        _train(fit, folder)
 
 
 def _train(fit: Fit, folder: Path) -> None:
@@ -253,10 +271,9 @@ def _train(fit: Fit, folder: Path) -> None:
     options["callbacks"] = [*options.get("callbacks", []), witness]
     strategy: Any = "auto"
     if fit.stages != TWIN:
-        strategy = WitnessedStrategy(
-            microbatches=fit.microbatches, start_method="fork", **({"balance": "parameters"} | fit.strategy)
-        )  # type: ignore[arg-type]
+        strategy = WitnessedStrategy(microbatches=fit.microbatches, **({"balance": "parameters"} | fit.strategy))  # type: ignore[arg-type]
         strategy.witness = witness
+    torch.manual_seed(fit.seed)  # on all ranks alike
     module, loader = fit.make_module(), fit.make_loader()
     validation = fit.make_val_loader() if fit.make_val_loader is not None else None
     torch.manual_seed(fit.seed)

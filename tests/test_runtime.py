@@ -257,9 +257,12 @@ def test_plan_costs_and_busy_are_there_during_the_fit_only(tmp_path: Path) -> No
 
 def test_the_plan_knows_of_clipping() -> None:
     """By norm, all ranks wait for a scalar; teacher work behind the last backward fills that."""
-    note = Notes(lambda trainer: (trainer.strategy.costs.exchange, trainer.strategy.plan))
-    options = {"limit_train_batches": 2, "gradient_clip_val": 1.0, "callbacks": [note]}
-    trainers = [options, options | {"gradient_clip_algorithm": "value"}]
+    options = {"limit_train_batches": 2, "gradient_clip_val": 1.0}
+    notes = [Notes(lambda trainer: (trainer.strategy.costs.exchange, trainer.strategy.plan)) for _ in range(2)]
+    trainers = [
+        options | {"gradient_clip_algorithm": by, "callbacks": [note]}
+        for by, note in zip(("norm", "value"), notes, strict=True)
+    ]
     by_norm, by_value = run_fits([Fit(Small, loader, 2, 3, strategy=SHORT, trainer=each) for each in trainers], 40)
     for norm, value in zip(by_norm, by_value, strict=True):
         assert (norm["notes"][0][0], value["notes"][0][0]) == (0.0, None)

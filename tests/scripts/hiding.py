@@ -1,4 +1,4 @@
-"""Less for Lightning to import and to look for: packages can be hidden, and what is installed is asked for once."""
+"""Less for test processes to do: packages can be hidden, what is installed is asked for once, and frames have room."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import importlib.abc
 import importlib.metadata
 import numbers
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 LARGE = {"matplotlib", "scipy", "transformers"}  # torchmetrics looks for them, and does without
@@ -59,3 +60,12 @@ def tell_apart() -> None:
     for kind in types:
         for asked in (Metric, Mapping, Sequence, Iterable, numbers.Number):
             issubclass(kind, asked)
+
+
+def _call(function: Callable[[], Any]) -> Any:
+    return function()
+
+
+# Calls a function where there is room for the frames of all that it calls. Python 3.11 maps memory for frames, 16 kB at
+# a time, and gives it back at once: a loop whose calls cross such a limit asks the kernel for memory at every call.
+roomy = FunctionType(_call.__code__.replace(co_stacksize=1 << 16), globals())

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.ports import free_port
-from tests.scripts.hiding import LARGE, Hide, tell_apart
+from tests.scripts.hiding import LARGE, Hide, roomy, tell_apart
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,7 +86,8 @@ def _rank(request: dict[str, Any], rank: int, port: int) -> None:
         os.dup2(file, 1)
         os.dup2(file, 2)
         module, name = request["target"].split(":")
-        getattr(importlib.import_module(module), name)(rank, Path(request["out"]), **request["arguments"])
+        function = getattr(importlib.import_module(module), name)
+        roomy(lambda: function(rank, Path(request["out"]), **request["arguments"]))
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -101,9 +102,11 @@ def _rank(request: dict[str, Any], rank: int, port: int) -> None:
 def _warm_up(module: str) -> None:
     """Import what ranks would import, each of them and each time; what fails here fails in them and is told there."""
     if module not in sys.modules:
+        gc.disable()  # nothing that is imported is garbage
         with suppress(Exception), redirect_stdout(sys.stderr):  # stdout has the answers
             importlib.import_module(module)
             tell_apart()
+        gc.enable()
         gc.collect()
         gc.freeze()  # a child's garbage collector would else copy all that is there
 
