@@ -11,6 +11,7 @@ from torchvision.models import ResNet, VisionTransformer, resnet18, resnet50  # 
 from typing_extensions import override
 
 from lightning_tspipe import TeacherStudentModule
+from lightning_tspipe.selective import Recompute
 
 IMAGE_SIZE, NUM_CLASSES = 64, 100
 NUM_TOKENS, VOCABULARY = 64, 8192
@@ -205,6 +206,7 @@ class Pair:
         batch_size: Samples per step of the whole job.
         num_microbatches: Of a batch; too small ones make the operations themselves slower.
         schedule: The order of the pipeline's work.
+        recompute: What of it runs again in the backward.
     """
 
     make: Callable[[], TeacherStudentModule]
@@ -212,6 +214,7 @@ class Pair:
     batch_size: int = 64
     num_microbatches: int = 2
     schedule: str = "auto"
+    recompute: Recompute = False
 
 
 PAIRS = {
@@ -225,7 +228,9 @@ PAIRS = {
         lambda: BYOL(nn.Sequential(*flat(resnet18(), head=False), head(512, 512, 128)), 128), batch_size=32
     ),
     "MoCo-v3 ViT-Ti/8": Pair(
-        lambda: MoCo(nn.Sequential(*vit(192, head=False), head(192, 512, 128)), 128), batch_size=16
+        lambda: MoCo(nn.Sequential(*vit(192, head=False), head(192, 512, 128)), 128),
+        batch_size=16,
+        recompute="selective",
     ),
     "BERT-small (4 layers) to 3 layers": Pair(
         lambda: Distillation(bert(4), bert(3), "microbatch"), tokens, 32, num_microbatches=4, schedule="1f1b"

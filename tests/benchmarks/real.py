@@ -94,7 +94,8 @@ def _fit_ddp(_: int, pair: str) -> Fit:
 
 def _fit_tspipe(_: int, pair: str) -> Fit:
     own = PAIRS[pair]
-    strategy = TSPipeStrategy(microbatches=own.num_microbatches, schedule=own.schedule, start_method="fork")
+    options: dict[str, Any] = {"schedule": own.schedule, "recompute": own.recompute}
+    strategy = TSPipeStrategy(microbatches=own.num_microbatches, start_method="fork", **options)
     return _fit(pair, strategy, PAIRS[pair].batch_size)
 
 
