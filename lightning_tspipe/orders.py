@@ -42,7 +42,7 @@ from lightning_tspipe.schedule import (
 ORDERS = ("auto", "afab", "1f1b", "afab-split", "zb")
 SPLIT = ("afab-split", "zb")
 BUDGET = 16_000  # stages x microbatches x simulations in a search: less than a second
-FEWEST = 20  # simulations, for a large problem
+FEWEST = 16  # simulations, for a large problem
 NEARLY = 1e-9  # of rounding
 PAYS = 1.01  # by so much a step must be shorter for "auto" to split the backward, which takes more memory
 NEAR = 1.0025  # a step that is this near to its bound is as good as any
@@ -185,6 +185,7 @@ class _Candidate:
     ahead: tuple[int, ...]
     score: Score
     period: float
+    policy: Policy | None = None
 
 
 @dataclass
@@ -257,7 +258,7 @@ class _Search:
     def schedule(self, rows: Rows) -> Schedule:
         return Schedule(self.stages, self.microbatches, self.loss_over, rows, self.teacher)
 
-    def offer(self, name: str, rows: Rows) -> Score:
+    def offer(self, name: str, rows: Rows, policy: Policy | None = None) -> Score:
         """Time the rows, and keep them if they are the best."""
         self.evaluations += 1
         schedule = self.schedule(rows)
@@ -270,7 +271,7 @@ class _Search:
             both *= PAYS
         score = worse, float(f"{both:.9g}"), ORDERS.index(name), sum(schedule.ahead)
         if self.best is None or score < self.best.score:
-            self.best = _Candidate(name, rows, schedule.ahead, score, period)
+            self.best = _Candidate(name, rows, schedule.ahead, score, period, policy)
         return score
 
     def plain(self, names: Sequence[str]) -> None:
@@ -330,12 +331,14 @@ class _Search:
             self.evaluate(name, policy)
             if self.enough or self.evaluations - before >= self.budget * 2 // 3:
                 break
-        if self.enough or not self.seen:
+        best = self.best
+        if best is None or best.policy is None or self.enough:
             return
-        for patience in (0.6, 0.3, 1.0):
-            name, policy = min(self.seen, key=self.seen.__getitem__)
+        name, policy = best.name, best.policy
+        for patience in (0.5, 1.0):
             self.evaluate(name, replace(policy, patience=patience))
-        name, policy = min(self.seen, key=self.seen.__getitem__)
+        assert self.best is not None
+        policy = self.best.policy or policy
         if self.lookahead:
             vary(
                 policy.ahead,
@@ -353,7 +356,7 @@ class _Search:
             self.evaluations += 1
             score: Score = (True, math.inf, 0, 0)
         else:
-            score = self.offer(name, rows)
+            score = self.offer(name, rows, policy)
         self.seen[name, policy] = score
         return score
 
@@ -385,10 +388,10 @@ class _Search:
         for patience, lead, limit in itertools.product(patiences, leads, limits):
             yield name, replace(base, in_flight=limit, lead=lead, patience=patience)
         if self.lookahead:
-            stairs = unique([*staircases(count, self.actions, split=split), (count,) * stages])
-            tight = min(self.in_flight[0], self.held[name][0]) < self.microbatches  # then a wait goes round all ranks
-            for ahead, limit, patience in itertools.product(stairs, limits, (0.0, 0.6)[: 1 + tight]):
-                yield name, replace(base, in_flight=limit, ahead=ahead, patience=patience)
+            for ahead, limit in itertools.product(
+                unique([*staircases(count, self.actions, split=split), (count,) * stages]), limits
+            ):
+                yield name, replace(base, in_flight=limit, ahead=ahead)
 
 
 def unique(items: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
