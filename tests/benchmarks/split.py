@@ -16,7 +16,7 @@ from lightning_tspipe.split import WeightBackward, backward_inputs
 from tests.benchmarks.processes import run_forked
 from tests.benchmarks.products import Products
 
-ROUNDS = 5  # of both in turn, after one that warms caches and memory up
+ROUNDS = 3  # of both in turn, after one that warms caches and memory up
 ORDER = "IIWIWIWW"  # of a step's microbatches, as a schedule has it: others come between the parts of one
 MICROBATCHES = ORDER.count("I")
 
