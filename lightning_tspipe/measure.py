@@ -123,11 +123,11 @@ class Meter:
             leaves, structure = tree.flatten(view)
             leaves = [leaf.detach().requires_grad_(leaf.is_floating_point() and not first) for leaf in leaves]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            keeps_graph, pending = False, 0
+            keeps_graph, pending, forward_context = False, 0, selectively(self._selective)
             for _ in _until(ENOUGH, ROUNDS):
                 value = own_input(layer, tree.unflatten(leaves, structure))
                 start = self._now()
-                with selectively(self._selective):
+                with forward_context:
                     output = layer(value)
                 best[0] = min(best[0], self._now() - start)
                 results = [leaf for leaf in tree.flatten(output)[0] if leaf.requires_grad]
