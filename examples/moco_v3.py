@@ -42,7 +42,8 @@ class MoCo(TeacherStudentModule):
         momentum: float = 0.95, steps: int = 600, lr: float = 2e-3, weight_decay: float = 1e-4,
         temperature: float = 0.2, teacher_delay: int | None = None,
     ):  # fmt: skip
-        super().__init__(cosine_momentum(momentum, 1.0, num_steps=steps), teacher_delay)
+        # each microbatch of queries sees the keys of the whole batch: the same loss, and a student's memory of 1F1B
+        super().__init__(cosine_momentum(momentum, 1.0, num_steps=steps), teacher_delay, loss_over="student_microbatch")
         self.save_hyperparameters(ignore="encoder")
         encoder, head = encoder or convnet(32, features), partial(MoCoProjectionHead, batch_norm=True)
         projected = nn.Sequential(encoder, head(features, hidden, outputs, num_layers=3))
@@ -58,17 +59,18 @@ class MoCo(TeacherStudentModule):
     def target(self, batch):
         return None
 
-    def contrast(self, queries, keys):
-        """Which of all keys belongs to which query: two tensors [rows, features] of one view each."""
+    def contrast(self, queries, keys, rows):
+        """Which of all keys belongs to which query: [rows, features] of one view each, and where the queries are."""
         queries, keys = F.normalize(queries), F.normalize(keys)
+        labels = (torch.arange(len(keys), device=keys.device) + dist.rank() * len(keys))[rows]
         if dist.world_size() > 1:  # the world of a loss are the replicas
             keys = torch.cat(dist.gather(keys))
-        labels = torch.arange(len(queries), device=queries.device) + dist.rank() * len(queries)
         heat = self.hparams.temperature
         return 2 * heat * F.cross_entropy(queries @ keys.T / heat, labels)
 
-    def loss(self, student_out, teacher_out, target):
-        loss = self.contrast(student_out[0], teacher_out[1]) + self.contrast(student_out[1], teacher_out[0])
+    def loss(self, student_out, teacher_out, target, rows):
+        pairs = zip(student_out, reversed(teacher_out), strict=True)
+        loss = sum(self.contrast(queries, keys, rows) for queries, keys in pairs)
         self.log("loss", loss)
         return loss
 

@@ -21,7 +21,7 @@ from lightning_tspipe.monitor import strategy_of
 from lightning_tspipe.orders import minimal_microbatches
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.prospects import GB, Machine, Pair, prospects, report
-from lightning_tspipe.schedule import Costs, check_scalars
+from lightning_tspipe.schedule import Costs, LossOver, check_scalars
 from lightning_tspipe.tracing import PipelineTrace
 
 MB, TERA = 1e6, 1e12
@@ -173,7 +173,7 @@ def plan_costs(
     teacher_microbatches: int | Literal["auto"] = "auto",
     message: float = 0.0,
     exact_teacher: bool = False,
-    loss_over: Literal["batch", "microbatch"] = "batch",
+    loss_over: LossOver = "batch",
     student_mb: float = 0.0,
     teacher_mb: float = 0.0,
     activations_mb: float = 0.0,
@@ -193,7 +193,7 @@ def plan_costs(
             where that makes an order's step shorter.
         message: milliseconds of a message between neighbours.
         exact_teacher: whether the teacher follows without delay, so that it cannot run a batch ahead.
-        loss_over: "batch" or "microbatch", as of the module.
+        loss_over: "batch", "microbatch" or "student_microbatch", as of the module.
         student_mb: megabytes of the student's parameters.
         teacher_mb: of the teacher's.
         activations_mb: megabytes that all stages keep of one microbatch for its backward.

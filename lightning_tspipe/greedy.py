@@ -17,7 +17,7 @@ import heapq
 import math
 from dataclasses import dataclass
 
-from lightning_tspipe.schedule import Action, Costs, Kind
+from lightning_tspipe.schedule import Action, Costs, Kind, LossOver
 
 Rows = tuple[tuple[Action, ...], ...]
 
@@ -31,7 +31,7 @@ class Policy:
         in_flight: per rank, the most student microbatches whose forward is done and whose B (or I) is not.
         held: per rank, the most whose forward is done and whose B (or W) is not.
         split: whether the backward is split into I and W.
-        whole: whether the first backward waits for all forwards of the batch.
+        loss_over: what the first backward waits for.
         lead: how far the teacher goes before the student in a microbatch that both may do next; None: it gives way.
         patience: a rank waits for student work that comes within this share of the teacher or W work in its place.
     """
@@ -40,7 +40,7 @@ class Policy:
     in_flight: tuple[int, ...]
     held: tuple[int, ...]
     split: bool = False
-    whole: bool = False
+    loss_over: LossOver = "microbatch"
     lead: int | None = None
     patience: float = 0.0
 
@@ -147,9 +147,9 @@ class _Rank:
         return None, min(soon, at_t) if at_t > now else soon
 
     def _loss_is_there(self, end: int, taught: int) -> bool:
-        if self.policy.whole:
-            return self.done["F"] == end and self.done["T"] >= taught
-        return self.done["T"] * self.count >= (self.done["B"] + 1) * self.teacher
+        if self.policy.loss_over == "microbatch":
+            return self.done["T"] * self.count >= (self.done["B"] + 1) * self.teacher
+        return self.done["T"] >= taught and (self.policy.loss_over != "batch" or self.done["F"] == end)
 
     def run(self, kind: Kind, now: float) -> float:
         """Run the next action of a kind; returns its end."""

@@ -12,8 +12,8 @@ from lightning_tspipe.logrelay import LossReport
 class StepHooks(Protocol):
     """What the runtime needs from outside while a step runs."""
 
-    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> tuple[Tensor, LossReport]:
-        """The user's loss and what it logged; called on the last rank only."""
+    def loss(self, student_out: Any, teacher_out: Any, target: Any, rows: slice) -> tuple[Tensor, LossReport]:
+        """The user's loss of these rows of the batch and what it logged; called on the last rank only."""
 
     def log(self, report: LossReport) -> None:
         """Called on every rank when it knows what `loss` had to say of a batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from lightning_tspipe.comm import Comm
 from lightning_tspipe.data import Batch
 from lightning_tspipe.hooks import StepHooks
 from lightning_tspipe.logrelay import LossRelay, LossReport, mean_of
-from lightning_tspipe.schedule import covering
+from lightning_tspipe.schedule import LossOver, covering
 from lightning_tspipe.scope import world_is
 from lightning_tspipe.stage import Stage, differentiable
 from lightning_tspipe.topology import Topology
@@ -26,7 +26,7 @@ class LossSide:
     Args:
         stage: this rank's layers.
         comm: this rank's connections; None for a pipeline of one stage.
-        loss_over: "batch" or "microbatch".
+        loss_over: as of the module.
         topology: who is who.
         world: the ranks that run the loss, this one and those of other replicas; None leaves the default group.
     """
@@ -37,7 +37,7 @@ class LossSide:
         self,
         stage: Stage,
         comm: Comm | None,
-        loss_over: Literal["batch", "microbatch"],
+        loss_over: LossOver,
         topology: Topology,
         world: dist.ProcessGroup | None = None,
     ) -> None:
@@ -100,16 +100,17 @@ class LossSide:
             target = tree.split(target, sizes)[q]
         rows = [sizes[p] for p in covered]
         student = _merged([self._student_out[p] for p in covered], rows)
-        teacher = self._teacher_rows(batch, None if whole else q)
+        teacher = self._teacher_rows(batch, q if self._loss_over == "microbatch" else None)
         leaves, structure = tree.flatten(student)
         leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
         student = tree.unflatten(leaves, structure)
-        first = not self._reports
+        first, first_row = not self._reports, sum(sizes[: covered[0]])
         with world_is(self._world):
             loss, report = self._hooks.loss(
                 student if batch.info.student.is_list else student[0],
                 teacher if batch.info.teacher.is_list else teacher[0],
                 target,
+                slice(first_row, first_row + sum(rows)),
             )
         self._reports.append(report)
         for p in covered:

@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_tspipe._lightning import accumulates
 from lightning_tspipe.arguments import run_network
 from lightning_tspipe.memory import lend
+from lightning_tspipe.schedule import LOSSES, LossOver
 from lightning_tspipe.taps import problem_with, run_tapped, taken_apart, uncalled
 from lightning_tspipe.teacher import Momentum, MomentumTeacher, check_momentum, pair_parameters, teacher_version
 
@@ -33,7 +34,8 @@ class TeacherStudentModule(pl.LightningModule):
         teacher_delay: 0 or 1 updates that the teacher is late; None means 1 in the pipeline and 0 elsewhere.
         delay_from_step: steps before this one use delay 0.
         teacher_mode: "eval" or "train"; None means eval when frozen and train with momentum.
-        loss_over: "batch": the loss sees the whole batch; "microbatch": it is the mean over the microbatches.
+        loss_over: "batch": the loss sees the whole batch; "microbatch": it is the mean over the microbatches;
+            "student_microbatch": the same, and each sees the teacher's whole batch, as keys of a contrastive loss.
         save_teacher: None saves a momentum teacher and leaves a frozen one out of checkpoints.
 
     Raises:
@@ -53,13 +55,13 @@ class TeacherStudentModule(pl.LightningModule):
         teacher_delay: Literal[0, 1] | None = None,
         delay_from_step: int = 1,
         teacher_mode: Literal["eval", "train"] | None = None,
-        loss_over: Literal["batch", "microbatch"] = "batch",
+        loss_over: LossOver = "batch",
         save_teacher: bool | None = None,
     ) -> None:
         super().__init__()
         _check_choice("teacher_delay", teacher_delay, (None, 0, 1))
         _check_choice("teacher_mode", teacher_mode, (None, "eval", "train"))
-        _check_choice("loss_over", loss_over, ("batch", "microbatch"))
+        _check_choice("loss_over", loss_over, LOSSES)
         if delay_from_step < 1:
             raise ValueError(f"delay_from_step={delay_from_step}: steps are counted from 1")
         if momentum is not None and not callable(momentum):
@@ -88,7 +90,8 @@ class TeacherStudentModule(pl.LightningModule):
             teacher_out: the same for `teacher`.
             target: what `target(batch)` returned.
             *args: nothing.
-            **kwargs: `student_taps` and `teacher_taps`, if either has a name.
+            **kwargs: `student_taps` and `teacher_taps`, if either has a name; with ``loss_over="student_microbatch"``
+                `rows`, a slice: which of the teacher's rows those of the student are.
 
         Returns:
             A scalar tensor, or a dict with ``"loss"`` and more entries.
@@ -195,7 +198,7 @@ class TeacherStudentModule(pl.LightningModule):
             )
         if self.momentum is not None:
             pair_parameters(self.teacher, self.ema_source())
-        self._check_taps()
+        self._check_loss()
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises MisconfigurationException if the optimizer would train the teacher."""
@@ -208,17 +211,18 @@ class TeacherStudentModule(pl.LightningModule):
                         "trained by gradients: pass `self.student.parameters()`, not `self.parameters()`."
                     )
 
-    def _check_taps(self) -> None:
+    def _check_loss(self) -> None:
         for network, names in (("student", self.student_taps), ("teacher", self.teacher_taps)):
             if problem := problem_with(getattr(self, network), names):
                 raise MisconfigurationException(f"`{network}_taps` of `{type(self).__name__}` {problem}")
-        if self.student_taps or self.teacher_taps:
+        why = "has taps" if self.student_taps or self.teacher_taps else f"has loss_over={self.loss_over!r}"
+        if more := _more_arguments(self):
             try:
-                inspect.signature(self.loss).bind(None, None, None, student_taps=None, teacher_taps=None)
+                inspect.signature(self.loss).bind(None, None, None, **dict.fromkeys(more))
             except TypeError as error:
                 raise MisconfigurationException(
-                    f"`{type(self).__name__}` has taps, and its `loss` does not take them ({error}): define "
-                    "`loss(self, student_out, teacher_out, target, student_taps, teacher_taps)`."
+                    f"`{type(self).__name__}` {why}, and its `loss` does not take what comes with it ({error}): define "
+                    f"`loss(self, student_out, teacher_out, target, {', '.join(more)})`."
                 ) from error
 
     def _prepare_twin(self, step: int) -> None:
@@ -253,17 +257,25 @@ def looks_ahead(module: TeacherStudentModule) -> bool:
     return module.momentum is None or module.teacher_delay != 0
 
 
-def run_loss(module: TeacherStudentModule, student: Any, teacher: Any, target: Any) -> Any:
+def _more_arguments(module: TeacherStudentModule) -> list[str]:
+    """What `loss` gets by name."""
+    taps = ["student_taps", "teacher_taps"] if module.student_taps or module.teacher_taps else []
+    return [*taps, *(["rows"] if module.loss_over == "student_microbatch" else [])]
+
+
+def run_loss(module: TeacherStudentModule, student: Any, teacher: Any, target: Any, rows: slice = slice(None)) -> Any:
     """Call `loss` with what the networks gave: `Tapped` of a network with taps, lists if there are views."""
+    more = {"rows": rows} if "rows" in _more_arguments(module) else {}
     if not (module.student_taps or module.teacher_taps):
-        return module.loss(student, teacher, target)
+        return module.loss(student, teacher, target, **more)
     (student_out, student_taps), (teacher_out, teacher_taps) = taken_apart(student), taken_apart(teacher)
     for network, found in (("student", student_taps), ("teacher", teacher_taps)):
         for view in found if isinstance(found, list) else [found]:
             for name in getattr(module, f"{network}_taps"):
                 if name not in view:
                     raise MisconfigurationException(uncalled(getattr(module, network), name))
-    return module.loss(student_out, teacher_out, target, student_taps=student_taps, teacher_taps=teacher_taps)
+    taps = {"student_taps": student_taps, "teacher_taps": teacher_taps}
+    return module.loss(student_out, teacher_out, target, **taps, **more)
 
 
 def _run_views(network: nn.Module, inputs: Any, taps: Sequence[str]) -> Any:

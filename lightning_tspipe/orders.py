@@ -99,7 +99,7 @@ def minimal_microbatches(
     busy = [costs.work(k, 1, split) for k in every]
     free = max(busy) - max(seconds - costs.t[k] for k, seconds in enumerate(busy))
     trip = max(t, f) + max(costs.seconds("I" if split else "B", k) for k in every) + 2 * costs.message
-    lean, hops = split and loss_over == "microbatch", stages - 1
+    lean, hops = split and loss_over != "batch", stages - 1
     if lean and w + free * lookahead:
         need = max((hops * trip + w) / (free * lookahead + w), (hops * trip + t + f) / (t + f) if t + f else 0.0)
     elif lookahead and free:
@@ -135,7 +135,7 @@ def find_schedule(
         microbatches: M, view-microbatches per batch, at least 1.
         costs: seconds per student microbatch; None means t = f = b = w.
         lookahead: False keeps the teacher within its own step (delay 0 of a momentum teacher).
-        loss_over: "batch" if the loss needs all outputs of the batch at once, else "microbatch".
+        loss_over: "batch": the loss needs all outputs at once; "student_microbatch": all of the teacher's.
         order: one of `ORDERS`; "auto" is the fastest of those that the other arguments allow.
         split_backward: whether "auto" may split the backward into I and W; it does if that makes the step 1 % shorter.
         max_in_flight, max_held: as in `schedule.validate`; None: no bound for "auto".
@@ -278,7 +278,8 @@ class _Search:
         """The orders without a search, which set the limit for all others."""
         found = []
         for name in names:
-            for rows in plain_rows(name, self.stages, self.microbatches, self.teacher):
+            taught = self.loss_over == "student_microbatch"
+            for rows in plain_rows(name, self.stages, self.microbatches, self.teacher, taught):
                 schedule = self.schedule(rows)
                 try:
                     self.check(name, schedule)
@@ -362,8 +363,8 @@ class _Search:
 
     def policy(self, name: str, in_flight: tuple[int, ...]) -> Policy:
         """The policy of an order that has no teacher ahead."""
-        whole, split = name.startswith("afab"), name in SPLIT
-        return Policy((0,) * self.stages, in_flight, self.held[name], split, whole)
+        loss_over = "batch" if name.startswith("afab") else self.loss_over
+        return Policy((0,) * self.stages, in_flight, self.held[name], name in SPLIT, loss_over)
 
     def limits(self, name: str) -> list[tuple[int, ...]]:
         """How many microbatches an order may have in flight, the most promising first."""

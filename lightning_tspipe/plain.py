@@ -17,10 +17,17 @@ from lightning_tspipe.schedule import Action, Kind
 AFAB: tuple[Kind, Kind, Kind] = ("T", "F", "B")
 
 
-def plain_rows(name: str, stages: int, microbatches: int, teacher_microbatches: int = 0) -> list[Rows]:
-    """Orders without lookahead: each teacher forward right before the student's, and for afab also all before all."""
+def plain_rows(
+    name: str, stages: int, microbatches: int, teacher_microbatches: int = 0, teacher_first: bool = False
+) -> list[Rows]:
+    """Orders without lookahead: each teacher forward right before the student's, and for afab also all before all.
+
+    With `teacher_first`, 1f1b and zb have all before all instead, for a loss that sees the teacher's whole batch.
+    """
     every, pieces = range(microbatches), teacher_microbatches or microbatches
     begun = [-(-q * pieces // microbatches) for q in range(microbatches + 1)]  # teacher forwards before each student's
+    if teacher_first and not name.startswith("afab"):
+        begun[1:] = [pieces] * microbatches
     both = [(*(Action("T", p) for p in range(begun[q], begun[q + 1])), Action("F", q)) for q in every]
     if name == "afab":
         own = [Action("T", p) for p in range(pieces)]

@@ -73,7 +73,7 @@ class Planner:
     Args:
         costs: per stage.
         lookahead: whether the teacher may run a batch ahead (frozen or delayed).
-        loss_over: "batch" or "microbatch".
+        loss_over: as of the module.
         schedule: the order, or "auto".
         post_ahead: how many runs before its use a receive is posted. A schedule whose ranks would then wait for each
             other raises it, from that schedule on.

@@ -36,7 +36,7 @@ class Pair:
     Args:
         costs: seconds per stage and microbatch.
         lookahead: whether the teacher may run a batch ahead (frozen, or delayed by one update).
-        loss_over: "batch" or "microbatch"; other pipelines know the second only.
+        loss_over: as of the module; other pipelines know "microbatch" only.
         student, teacher: bytes of their parameters; 0: not known.
         weights: bytes per stage of parameters, gradients and optimizer state; empty: not known.
         held: bytes per stage that a microbatch takes between its forward and its backward; empty: not known.
@@ -129,7 +129,7 @@ def prospects(pair: Pair, microbatches: int, machine: Machine) -> list[Prospect]
     found = []
     for order in ORDERS[1:]:
         any_loss = order.startswith("afab")
-        loss: LossOver = "batch" if any_loss else "microbatch"
+        loss: LossOver = "batch" if any_loss else "microbatch" if pair.loss_over == "batch" else pair.loss_over
         try:
             made = _plan(pair, loss, order, microbatches, _most(pair, machine, order in SPLIT))
         except ValueError:  # it does not fit
@@ -275,8 +275,14 @@ def report(pair: Pair, microbatches: int, machine: Machine, found: Sequence[Pros
 
 def _best(pair: Pair, machine: Machine, found: Sequence[Prospect]) -> Prospect | None:
     """The fastest that trains this loss and, as far as is known, fits."""
-    can = [one for one in found if (one.any_loss or pair.loss_over == "microbatch") and one.fits(machine) is not False]
+    can = [one for one in found if trains(pair, one) and one.fits(machine) is not False]
     return min(can, key=lambda one: one.seconds, default=None)
+
+
+def trains(pair: Pair, one: Prospect) -> bool:
+    """Whether it trains this loss; all that the teacher gives is there where its pass comes first."""
+    whole = one.ours or "teacher first" in one.name
+    return one.any_loss or pair.loss_over == "microbatch" or (pair.loss_over == "student_microbatch" and whole)
 
 
 def verdict(pair: Pair, microbatches: int, machine: Machine, found: Sequence[Prospect]) -> list[str]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from lightning_tspipe.logrelay import LossReport
 from lightning_tspipe.lossside import LossSide
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.replicas import Replicas
-from lightning_tspipe.schedule import Action, Costs, Kind, Op, Schedule, lower, step_order
+from lightning_tspipe.schedule import Action, Costs, Kind, LossOver, Op, Schedule, lower, step_order
 from lightning_tspipe.stage import Network, Stage, differentiable
 from lightning_tspipe.stopwatch import Stopwatch
 from lightning_tspipe.teacher import MomentumTeacher
@@ -51,7 +51,7 @@ class Runtime:
         comm: this rank's connections; None for a pipeline of one stage.
         planner: makes the schedule for a number of microbatches.
         teacher: the momentum update of this rank; None for a frozen teacher.
-        loss_over: "batch" or "microbatch".
+        loss_over: as of the module.
         topology: who is who.
         parameters: what this rank trains.
         replicas: data-parallel replicas to average gradients with; None if there are none.
@@ -64,7 +64,7 @@ class Runtime:
         comm: Comm | None,
         planner: Planner,
         teacher: MomentumTeacher | None,
-        loss_over: Literal["batch", "microbatch"],
+        loss_over: LossOver,
         topology: Topology,
         parameters: Sequence[Tensor] = (),
         replicas: Replicas | None = None,

@@ -22,7 +22,7 @@ from operator import add
 from typing import Any, Literal, cast, get_args
 
 Kind = Literal["T", "F", "B", "I", "W"]
-LossOver = Literal["batch", "microbatch"]
+LossOver = Literal["batch", "microbatch", "student_microbatch"]
 
 LOSSES = get_args(LossOver)
 
@@ -178,9 +178,11 @@ class Schedule:
     def parse(cls, text: str) -> Schedule:
         """Read what `str` prints; raises ValueError with the line that cannot be read. Does not validate."""
         header, *lines = text.strip().splitlines() or [""]
-        pattern = r"stages=(\d+) microbatches=(\d+) loss_over=(batch|microbatch)(?: teacher_microbatches=(\d+))?"
-        if not (match := re.fullmatch(pattern, header.strip())):
-            raise ValueError(f"first line {header!r}: write stages=2 microbatches=3 loss_over=batch (or microbatch)")
+        pattern = r"stages=(\d+) microbatches=(\d+) loss_over=(\w+)(?: teacher_microbatches=(\d+))?"
+        if not (match := re.fullmatch(pattern, header.strip())) or match[3] not in LOSSES:
+            raise ValueError(
+                f"first line {header!r}: write stages=2 microbatches=3 loss_over=batch (or {' or '.join(LOSSES[1:])})"
+            )
         for rank, line in enumerate(lines):
             require(line.strip().startswith(f"rank {rank}:"), f"line {line!r}: expected 'rank {rank}: ...'")
         rows = (tuple(map(Action.parse, line.split(":", 1)[1].split())) for line in lines)
@@ -311,7 +313,10 @@ def _row_faults(schedule: Schedule, rank: int, limit: int, hold: int) -> Iterato
         kind, q = action.kind, action.microbatch
         teacher, back, due = kind == "T", kind in "BI", next_ahead if action.ahead else next_own
         forwards, backwards, finished = forwards + (kind == "F"), backwards + back, finished + (kind in "BW")
-        most, needs = pieces if teacher else count, covering(q, count, pieces).stop
+        most, needs = (
+            pieces if teacher else count,
+            pieces if gate == "student_microbatch" else covering(q, count, pieces).stop,
+        )
         rules = (
             (not 0 <= q < most, f"the microbatches are 0 to {most - 1}"),
             (action in seen, f"{action} comes twice"),
@@ -328,7 +333,7 @@ def _row_faults(schedule: Schedule, rank: int, limit: int, hold: int) -> Iterato
                 back and gate == "batch" and (forwards < count or next_own < pieces),
                 "the loss needs every F and T of the batch",
             ),
-            (back and gate == "microbatch" and next_own < needs, f"the loss of microbatch {q} needs T{needs - 1}"),
+            (back and gate != "batch" and gate and next_own < needs, f"the loss of microbatch {q} needs T{needs - 1}"),
             (forwards - backwards > limit, f"{forwards - backwards} student microbatches in flight, bound {limit}"),
             (forwards - finished > hold, f"{forwards - finished} student microbatches held, bound {hold}"),
         )

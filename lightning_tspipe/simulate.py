@@ -210,9 +210,11 @@ class _Run:
         elif action.kind in "BI":
             needs = [("F", batch, q)]
             if rank == self.schedule.stages - 1:
-                whole = self.schedule.loss_over == "batch"
-                needs += [("T", batch, p) for p in (range(pieces) if whole else covering(q, count, pieces))]
-                needs += [("F", batch, p) for p in (range(count) if whole else range(q, q + 1))]
+                over = self.schedule.loss_over
+                needs += [
+                    ("T", batch, p) for p in (covering(q, count, pieces) if over == "microbatch" else range(pieces))
+                ]
+                needs += [("F", batch, p) for p in (range(count) if over == "batch" else range(q, q + 1))]
         elif action.kind == "W":
             needs = [("I", batch, q)]
         if (action.kind, batch, q) in worked:

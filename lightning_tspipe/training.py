@@ -32,11 +32,11 @@ class TrainingHooks:
         self._metrics = dict(_metrics.metrics_of(module))
         self._names = {id(metric): name for name, metric in self._metrics.items()}
 
-    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> tuple[Tensor, LossReport]:
+    def loss(self, student_out: Any, teacher_out: Any, target: Any, rows: slice) -> tuple[Tensor, LossReport]:
         """Run the user's loss and record what it logs; a faulty result is an error that names the fix."""
         recorder = Recorder(self._names, _metrics.cached_value)
         with torch.enable_grad(), logging_by(self._module, recorder.log):
-            result = run_loss(self._module, student_out, teacher_out, target)
+            result = run_loss(self._module, student_out, teacher_out, target, rows)
         loss, extra = _checked(result)
         head = Recorder({}, _metrics.cached_value)
         head.add("output", "loss", loss)

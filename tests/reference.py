@@ -31,7 +31,7 @@ class Rule:
         delay: updates that the teacher is late.
         delay_from_step: steps before this one use delay 0.
         teacher_train: whether the teacher is in train mode.
-        loss_over: whether the loss sees the batch, or is the mean over the microbatches.
+        loss_over: whether the loss sees the batch, or is the mean over the microbatches, of the student alone or not.
         accumulate: batches per optimizer step.
         max_steps: optimizer steps after which training ends, -1 for no bound.
         validate_every: batches between validations; 0 validates at the end of an epoch.
@@ -42,7 +42,7 @@ class Rule:
     delay: int = 0
     delay_from_step: int = 1
     teacher_train: bool = False
-    loss_over: Literal["batch", "microbatch"] = "batch"
+    loss_over: Literal["batch", "microbatch", "student_microbatch"] = "batch"
     accumulate: int = 1
     max_steps: int = -1
     validate_every: int = 0
@@ -70,7 +70,7 @@ class Pair:
 
     student: nn.Module
     teacher: nn.Module
-    loss: Callable[[Any, Any, Any], Tensor]
+    loss: Callable[..., Tensor]
     source: Callable[[nn.Module], nn.Module] = lambda student: student
     validate: Callable[[nn.Module, nn.Module, Any], Tensor] | None = None
 
@@ -156,6 +156,12 @@ def _backward(pair: Pair, student_in: Any, teacher_in: Any, target: Any, rule: R
     several = isinstance(student_in, list), isinstance(teacher_in, list)
     if rule.loss_over == "batch":
         losses = [pair.loss(_join(student_parts, several[0]), _join(teacher_parts, several[1]), target)]
+    elif rule.loss_over == "student_microbatch":
+        keys, sizes = _join(teacher_parts, several[1]), sizes_of(len(target), rule.microbatches)
+        losses = [
+            pair.loss(_join([s], several[0]), keys, y, slice(sum(sizes[:i]), sum(sizes[: i + 1])))
+            for i, (s, y) in enumerate(zip(student_parts, _cut(target, rule.microbatches), strict=True))
+        ]
     else:
         if rule.teacher_microbatches is not None:
             teacher_parts = _again(teacher_parts, rule.microbatches)

@@ -58,6 +58,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "TeacherIsStudent": ("share parameters (teacher.0.weight)", "copy.deepcopy(self.student)"),
     "UnknownBalance": ("balance='speed' is unknown", "choose from"),
     "WrongCuts": ("2 layers in all", "add up to 3"),
+    "LossWithoutRows": (
+        "has loss_over='student_microbatch', and its `loss` does not take what comes with it",
+        "define `loss(self, student_out, teacher_out, target, rows)`",
+    ),
     "OrderOfMicrobatches": ('order "1f1b" needs a loss per microbatch', 'set loss_over="microbatch"'),
     "NoTensor": ("no tensor with rows in dimension 0", "Override student_input"),
     "DifferentRows": ("4 rows and teacher_input(batch) has 3", "the same samples"),

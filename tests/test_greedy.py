@@ -15,8 +15,8 @@ FREE = Policy(ahead=(0, 0), in_flight=(4, 4), held=(4, 4))
 def rows(policy: Policy, microbatches: int, costs: Costs) -> list[str]:
     made = greedy_rows(policy, microbatches, costs)
     assert made is not None
-    loss_over = "batch" if policy.whole else "microbatch"
-    schedule = Schedule(len(costs.t), microbatches, loss_over, made)  # type: ignore[arg-type]
+    loss_over = policy.loss_over
+    schedule = Schedule(len(costs.t), microbatches, loss_over, made)
     validate(schedule, max_in_flight=policy.in_flight, max_held=policy.held)
     return [" ".join(map(str, row)) for row in made]
 
@@ -24,8 +24,8 @@ def rows(policy: Policy, microbatches: int, costs: Costs) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "microbatches", "table"),
     [
-        ({"whole": True}, 2, ["F0 F1 T0 T1 B0 B1", "F0 F1 T0 T1 B0 B1"]),
-        ({"whole": True, "ahead": (2, 0)}, 2, ["F0 F1 T0' T1' B0 B1", "T0 T1 F0 F1 B0 B1"]),
+        ({"loss_over": "batch"}, 2, ["F0 F1 T0 T1 B0 B1", "F0 F1 T0 T1 B0 B1"]),
+        ({"loss_over": "batch", "ahead": (2, 0)}, 2, ["F0 F1 T0' T1' B0 B1", "T0 T1 F0 F1 B0 B1"]),
         ({"lead": 1}, 3, ["T0 F0 T1 F1 T2 B0 F2 B1 B2", "T0 F0 B0 T1 F1 B1 T2 F2 B2"]),
         ({"lead": 1, "in_flight": (2, 1)}, 3, ["T0 F0 T1 F1 T2 B0 F2 B1 B2", "T0 F0 B0 T1 F1 B1 T2 F2 B2"]),
         ({"lead": 1, "split": True, "in_flight": (2, 1)}, 3, [
@@ -42,7 +42,7 @@ def test_rows_table(change: dict[str, object], microbatches: int, table: list[st
 
 def test_teacher_work_fills_the_wait_for_an_exchange() -> None:
     costs = replace(Costs.uniform(2), exchange=2)
-    policy = replace(FREE, ahead=(3, 2), whole=True)
+    policy = replace(FREE, ahead=(3, 2), loss_over="batch")
     assert rows(policy, 3, costs) == ["F0 F1 F2 T0' T1' T2' B0 B1 B2", "T2 F0 F1 F2 B0 B1 B2 T0' T1'"]
 
 
@@ -55,4 +55,4 @@ def test_patience_leaves_the_rank_free_for_the_student() -> None:
 
 def test_ranks_that_get_stuck_have_no_rows() -> None:
     # all forwards come before the first backward, and the bound does not let them
-    assert greedy_rows(replace(FREE, whole=True, in_flight=(1, 1)), 2, Costs.uniform(2)) is None
+    assert greedy_rows(replace(FREE, loss_over="batch", in_flight=(1, 1)), 2, Costs.uniform(2)) is None

@@ -15,7 +15,7 @@ POLICY = Policy(ahead=(0, 0), in_flight=(2, 1), held=(4, 4))  # 1F1B
 def rows(policy: Policy, microbatches: int, costs: Costs, *periods: float) -> list[list[str]]:
     made = []
     for found in filled(policy, microbatches, costs, periods):
-        schedule = Schedule(len(costs.t), microbatches, "batch" if policy.whole else "microbatch", found)
+        schedule = Schedule(len(costs.t), microbatches, policy.loss_over, found)
         validate(schedule, max_in_flight=policy.in_flight, max_held=policy.held)
         made.append([" ".join(map(str, row)) for row in found])
     return made
@@ -27,7 +27,7 @@ def test_rows_table() -> None:
         ["T3 F0 T0' T1' F1 B0 F2 B1 F3 B2 T2' B3", "T0 T1 T2 T3 F0 B0 F1 B1 F2 B2 F3 B3"],
         ["T3 F0 F1 T0' T1' B0 F2 B1 F3 B2 T2' B3", "T0 T1 T2 T3 F0 B0 F1 B1 F2 B2 F3 B3"],
     ]
-    whole = replace(POLICY, in_flight=(3, 3), whole=True)
+    whole = replace(POLICY, in_flight=(3, 3), loss_over="batch")
     assert rows(whole, 3, Costs.uniform(2), 12)[0] == ["F0 F1 F2 T0' T1' T2' B0 B1 B2", "T0 T1 T2 F0 F1 F2 B0 B1 B2"]
 
 
@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_not_made() -> None:
     costs = Costs.uniform(2)
     assert rows(POLICY, 4, costs, 14.5) == []  # shorter than the student alone
     assert rows(POLICY, 4, Costs.uniform(2, t=3), 20) == []  # no hole is as long as a teacher forward
-    assert rows(replace(POLICY, in_flight=(1, 1), whole=True), 2, costs, 99) == []  # the student gets stuck
+    assert rows(replace(POLICY, in_flight=(1, 1), loss_over="batch"), 2, costs, 99) == []  # the student gets stuck
 
 
 def test_an_optimizer_step_and_an_exchange_are_kept_free() -> None:

@@ -106,13 +106,17 @@ def flat(output: Any) -> Tensor:
     return torch.cat([flat(value) for value in values], 1)
 
 
-def loss_of(student_out: Any, teacher_out: Any, target: Tensor | None) -> Tensor:
-    """Every row meets every other row, so a loss over a part of the batch is another one; views meet all views."""
+def loss_of(student_out: Any, teacher_out: Any, target: Tensor | None, rows: slice = slice(None)) -> Tensor:
+    """Every row meets every other row, so a loss over a part of the batch is another one; views meet all views.
+
+    `rows` are those of the student, where the teacher's are of the whole batch.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for i, s in enumerate(student_out if isinstance(student_out, list) else [student_out]):
         for j, t in enumerate(teacher_out if isinstance(teacher_out, list) else [teacher_out]):
             x, y = flat(s), flat(t)
-            total = total + (1 + i + 2 * j) * ((x - y).square().mean() - (x @ y.T).log_softmax(1).diagonal().mean())
+            found = (x @ y.T).log_softmax(1)[:, rows].diagonal()
+            total = total + (1 + i + 2 * j) * ((x - y[rows]).square().mean() - found.mean())
         if target is not None:
             total = total + 0.3 * nn.functional.cross_entropy(flat(s)[:, :CLASSES], target)
     return total
@@ -271,8 +275,8 @@ class CaseModule(TeacherStudentModule):
     def ema_source(self) -> nn.Module:
         return self.case.source(self.student)
 
-    def loss(self, student_out: Any, teacher_out: Any, target: Any) -> dict[str, Tensor]:
-        loss = loss_of(student_out, teacher_out, target)
+    def loss(self, student_out: Any, teacher_out: Any, target: Any, rows: slice = slice(None)) -> dict[str, Tensor]:
+        loss = loss_of(student_out, teacher_out, target, rows)
         self.log("last", loss)
         self.log("mean", loss, on_step=False, on_epoch=True, batch_size=1)
         return {"loss": loss}
@@ -500,6 +504,28 @@ def test_loss_over_microbatches() -> None:
     check(*cases)
     whole, parts = references(case(cases[0], loss_over="batch"), cases[0])
     assert (whole.losses[0] - parts.losses[0]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_each_microbatch_of_the_student_sees_the_whole_batch_of_the_teacher(stages: int) -> None:
+    """Of unequal sizes, in every order, with views and other microbatches of the teacher."""
+    views = replace(LATE, make_student=pooled, loader=crops, inputs=multi_crop)
+    orders = [replace(LATE, strategy={"schedule": order}) for order in ("afab", "1f1b", "afab-split", "zb")]
+    bases = [*(replace(base, epochs=2) for base in (FROZEN, LATE, EXACT)), *orders, views]
+    bases += [replace(EXACT, strategy={"schedule": "zb"}), replace(FROZEN, strategy={"teacher_microbatches": 1})]
+    cases = [case(base, microbatches=5, loss_over="student_microbatch") for base in bases]
+    cases.append(case(LATE, microbatches=3, accumulate=2, loss_over="student_microbatch"))
+    check(*cases, stages=stages)
+
+
+def test_with_as_many_rows_in_each_microbatch_it_is_the_loss_over_the_batch() -> None:
+    """As of a contrastive loss whose keys are the teacher's: twin and pipeline need no change of the algorithm."""
+    base = replace(LATE, loader=lambda: shuffled(32, 8), epochs=2)
+    wanted = references(case(base, microbatches=1))
+    ranks = run_fits([case(base, microbatches=4, loss_over="student_microbatch").fit(2)])[0]
+    compare(ranks, wanted[0])
+    part = references(case(base, microbatches=4, loss_over="microbatch"))[0]
+    assert (part.losses[0] - wanted[0].losses[0]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("stages", [1, 3])

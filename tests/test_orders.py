@@ -285,11 +285,11 @@ def test_never_slower_than_the_rivals(problem: tuple[int, int, Costs], lookahead
     problems(),
     st.sampled_from([0.25, 0.5, 2, 3]),
     st.booleans(),
-    st.sampled_from(["batch", "microbatch"]),
+    st.sampled_from(["batch", "microbatch", "student_microbatch"]),
     st.booleans(),
     st.data(),
 )
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 def test_other_microbatches_of_the_teacher(
     problem: tuple[int, int, Costs], ratio: float, lookahead: bool, loss_over: Any, split: bool, data: st.DataObject
 ) -> None:
@@ -298,7 +298,7 @@ def test_other_microbatches_of_the_teacher(
     microbatches *= round(1 / min(1, ratio))
     teacher = round(ratio * microbatches)
     held = None
-    if loss_over == "microbatch" and data.draw(st.booleans()):
+    if loss_over != "batch" and data.draw(st.booleans()):
         held = tuple(data.draw(st.integers(1, stages - k)) for k in range(stages))
     found = find_schedule(
         stages, microbatches, costs, lookahead=lookahead, loss_over=loss_over, split_backward=split,
@@ -313,7 +313,8 @@ def test_other_microbatches_of_the_teacher(
     assert held is None or all(map(le, times.held, held))
     assert lookahead or not any(found.schedule.ahead)
     if held is None:
-        for rows in plain_rows("afab", stages, microbatches, teacher):
+        lean = plain_rows("1f1b", stages, microbatches, teacher, loss_over == "student_microbatch")
+        for rows in (*plain_rows("afab", stages, microbatches, teacher), *(lean if loss_over != "batch" else ())):
             plain = Schedule(stages, microbatches, loss_over, rows, teacher)
             validate(plain)
             assert found.period <= clock(plain, costs).period * (1 + 1e-9)

@@ -10,7 +10,7 @@ import pytest
 from lightning_tspipe import rivals
 from lightning_tspipe.clock import clock
 from lightning_tspipe.plain import plain_rows
-from lightning_tspipe.prospects import GB, Machine, Pair, prospects, report, verdict
+from lightning_tspipe.prospects import GB, Machine, Pair, prospects, report, trains, verdict
 from lightning_tspipe.rivals import Stages, fused, halves, period, periods
 from lightning_tspipe.schedule import Costs, Schedule
 
@@ -150,8 +150,20 @@ def test_memory_rules_out_what_does_not_fit() -> None:
     assert none == (
         "The pipeline is NOT the better choice: none of its orders fits into memory; nothing else does either."
     )
-    lean = said(pair(loss_over="microbatch"), 12, Machine(1 * GB, 1.2 * GB))  # afab would take 1.55
-    assert 'The pipeline is the better choice: tspipe, schedule="1f1b"' in lean
+    for loss_over in ("microbatch", "student_microbatch"):
+        lean = said(pair(loss_over=loss_over), 12, Machine(1 * GB, 1.2 * GB))  # afab would take 1.55
+        assert 'The pipeline is the better choice: tspipe, schedule="1f1b"' in lean
+
+
+def test_who_trains_a_loss_that_sees_all_that_the_teacher_gave() -> None:
+    """We do, and a pass of the teacher before the student's; not a teacher that is fused into the stages."""
+    both = [pair(loss_over=loss_over, lookahead=False) for loss_over in ("microbatch", "student_microbatch")]
+    each, seeing = (prospects(mine, 12, Machine()) for mine in both)
+    cannot = {one.name for one in seeing if not one.any_loss and not trains(both[1], one)}
+    assert cannot == {one.name for one in each if "fused" in one.name}
+    assert all(trains(both[0], one) for one in each)
+    zb = [next(one.seconds for one in found if one.name == 'tspipe, schedule="zb"') for found in (each, seeing)]
+    assert zb[0] < zb[1]  # an exact teacher's forwards all come before the first backward
 
 
 def test_orders_keep_the_memory_that_there_is() -> None:

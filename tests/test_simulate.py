@@ -79,7 +79,7 @@ def test_other_orders_replay(name: str, in_flight: tuple[int, ...]) -> None:
 @given(
     problem=problems(),
     lookahead=st.booleans(),
-    loss_over=st.sampled_from(["batch", "microbatch"]),
+    loss_over=st.sampled_from(["batch", "microbatch", "student_microbatch"]),
     rendezvous=st.booleans(),
     post_ahead=st.integers(0, 3),
     last_has_next=st.booleans(),

@@ -446,7 +446,7 @@ def test_a_loss_has_to_take_the_taps() -> None:
             return student_out.sum()
 
     with pytest.raises(
-        MisconfigurationException, match=r"its `loss` does not take them .*student_taps, teacher_taps\)`"
+        MisconfigurationException, match=r"its `loss` does not take what comes with it .*student_taps, teacher_taps\)`"
     ):
         Forgets().check_networks()
     Forgets.student_taps = ()  # type: ignore[assignment]

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torchvision.models import ResNet, VisionTransformer, resnet18, resnet50  # 
 from typing_extensions import override
 
 from lightning_tspipe import TeacherStudentModule
-from lightning_tspipe.selective import Recompute
+from lightning_tspipe.schedule import LossOver
 
 IMAGE_SIZE, NUM_CLASSES = 64, 100
 NUM_TOKENS, VOCABULARY = 64, 8192
@@ -115,13 +115,10 @@ class Distillation(TeacherStudentModule):
 
     Args:
         teacher, student: the networks.
-        loss_over: "microbatch" lets a backward begin before the last forward, which keeps less.
     """
 
-    def __init__(
-        self, teacher: nn.Sequential, student: nn.Sequential, loss_over: Literal["batch", "microbatch"] = "batch"
-    ) -> None:
-        super().__init__(loss_over=loss_over)
+    def __init__(self, teacher: nn.Sequential, student: nn.Sequential) -> None:
+        super().__init__(loss_over="microbatch")  # so a backward may begin before the last forward, which keeps less
         self.teacher, self.student = teacher, student
 
     @override
@@ -142,12 +139,13 @@ class TwoViews(TeacherStudentModule):
     Args:
         encoder: with its projector.
         width: of what that gives.
+        loss_over: what the loss sees at a time.
     """
 
     student: nn.Sequential
 
-    def __init__(self, encoder: nn.Sequential, width: int) -> None:
-        super().__init__(momentum=0.996)
+    def __init__(self, encoder: nn.Sequential, width: int, loss_over: LossOver = "batch") -> None:
+        super().__init__(momentum=0.996, loss_over=loss_over)
         self.teacher = copy.deepcopy(encoder)
         self.student = nn.Sequential(*encoder, head(width, 512, width))
 
@@ -174,14 +172,26 @@ class BYOL(TwoViews):
 
 
 class MoCo(TwoViews):
-    """Each view's prediction is to be liker to the teacher's projection of the other than to those of other images."""
+    """Each view's prediction is to be liker to the teacher's projection of the other than to those of other images.
+
+    Of all other images of the batch, also where it sees a microbatch of predictions.
+
+    Args:
+        encoder: with its projector.
+        width: of what that gives.
+    """
+
+    def __init__(self, encoder: nn.Sequential, width: int) -> None:
+        super().__init__(encoder, width, "student_microbatch")
 
     @override
-    def loss(self, student_out: list[Tensor], teacher_out: list[Tensor], target: Tensor) -> Tensor:
+    def loss(
+        self, student_out: list[Tensor], teacher_out: list[Tensor], target: Tensor, rows: slice = slice(None)
+    ) -> Tensor:
         losses = []
         for pair in zip(student_out, reversed(teacher_out), strict=True):
             queries, keys = (nn.functional.normalize(each, dim=1) for each in pair)
-            labels = torch.arange(len(queries), device=queries.device)
+            labels = torch.arange(len(keys), device=keys.device)[rows]
             losses.append(nn.functional.cross_entropy(queries @ keys.T / 0.2, labels))
         return losses[0] + losses[1]
 
@@ -206,7 +216,6 @@ class Pair:
         batch_size: Samples per step of the whole job.
         num_microbatches: Of a batch; too small ones make the operations themselves slower.
         schedule: The order of the pipeline's work.
-        recompute: What of it runs again in the backward.
     """
 
     make: Callable[[], TeacherStudentModule]
@@ -214,15 +223,15 @@ class Pair:
     batch_size: int = 64
     num_microbatches: int = 2
     schedule: str = "auto"
-    recompute: Recompute = False
 
 
 PAIRS = {
     "resnet50 to resnet18": Pair(
-        lambda: Distillation(flat(resnet50(num_classes=NUM_CLASSES)), flat(resnet18(num_classes=NUM_CLASSES)))
+        lambda: Distillation(flat(resnet50(num_classes=NUM_CLASSES)), flat(resnet18(num_classes=NUM_CLASSES))),
+        num_microbatches=4,
     ),
     "ViT-S/8 to resnet18": Pair(
-        lambda: Distillation(vit(384), flat(resnet18(num_classes=NUM_CLASSES)), "microbatch"), num_microbatches=4
+        lambda: Distillation(vit(384), flat(resnet18(num_classes=NUM_CLASSES))), num_microbatches=4
     ),
     "BYOL resnet18": Pair(
         lambda: BYOL(nn.Sequential(*flat(resnet18(), head=False), head(512, 512, 128)), 128), batch_size=32
@@ -230,9 +239,10 @@ PAIRS = {
     "MoCo-v3 ViT-Ti/8": Pair(
         lambda: MoCo(nn.Sequential(*vit(192, head=False), head(192, 512, 128)), 128),
         batch_size=16,
-        recompute="selective",
+        num_microbatches=4,
+        schedule="1f1b",
     ),
     "BERT-small (4 layers) to 3 layers": Pair(
-        lambda: Distillation(bert(4), bert(3), "microbatch"), tokens, 32, num_microbatches=4, schedule="1f1b"
+        lambda: Distillation(bert(4), bert(3)), tokens, 32, num_microbatches=4, schedule="1f1b"
     ),
 }

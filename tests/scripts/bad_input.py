@@ -39,6 +39,12 @@ class OtherShapes(Small):
         self.teacher = network(4, 9, 8, 2)
 
 
+class LossWithoutRows(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss_over = "student_microbatch"
+
+
 class OneLayer(Small):
     def __init__(self) -> None:
         super().__init__()
