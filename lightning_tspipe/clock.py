@@ -63,8 +63,9 @@ def clock(schedule: Schedule, costs: Costs, *, steps: int = 6) -> Times:
     starts: tuple[list[float], ...] = tuple([] for _ in programs)
     ends: tuple[list[float], ...] = tuple([] for _ in programs)
     free, places = [0.0] * stages, [0] * stages
-    # a step's optimizer steps wait until this many ranks more are through with its backwards, the last one then
+    # a step's optimizer steps wait until this many ranks more are at the end of their rows, the last one then
     waiting, gates = [0 if costs.exchange is None else stages] * steps, [0.0] * steps
+    there = [False] * stages
     moved = True
     while moved:
         moved = False
@@ -72,7 +73,7 @@ def clock(schedule: Schedule, costs: Costs, *, steps: int = 6) -> Times:
             now, place, started, step = free[rank], places[rank], starts[rank], len(ends[rank])
             before = len(started), step
             while step < steps:
-                ops, closing = programs[rank][step]
+                ops = programs[rank][step]
                 base = step * count
                 while place < len(ops):
                     source, result, offset, seconds = ops[place]
@@ -84,12 +85,15 @@ def clock(schedule: Schedule, costs: Costs, *, steps: int = 6) -> Times:
                     now += seconds
                     if result is not None:
                         result[base + offset] = now + costs.message
-                    if place == closing and costs.exchange is not None:
-                        waiting[step] -= 1
-                        gates[step] = max(gates[step], now + costs.exchange)
                     place += 1
-                if place < len(ops) or waiting[step]:
+                if place < len(ops):
                     break
+                if costs.exchange is not None and not there[rank]:
+                    there[rank], waiting[step] = True, waiting[step] - 1
+                    gates[step] = max(gates[step], now + costs.exchange)
+                if waiting[step]:
+                    break
+                there[rank] = False
                 now, place, step = max(now, gates[step]) + costs.optimizer, 0, step + 1
                 ends[rank].append(now)
             free[rank], places[rank] = now, place
@@ -103,14 +107,13 @@ def _compile(
     schedule: Schedule,
     costs: Costs,
     messages: dict[tuple[str, int], list[float]],
-) -> tuple[list[_Compiled], int]:
-    """The actions in the form that `clock` runs through, and the place of the last backward."""
+) -> list[_Compiled]:
+    """The actions in the form that `clock` runs through."""
     costs = costs.per_action(schedule.microbatches, schedule.teacher_microbatches)
     seconds: dict[Kind, float] = {kind: costs.seconds(kind, rank) for kind in ("T", "F", "B", "I", "W")}
     batch = max(schedule.microbatches, schedule.teacher_microbatches)  # places of messages
     ops: list[_Compiled] = []
-    closing = -1
-    for place, action in enumerate(actions):
+    for action in actions:
         kind = action.kind
         source, target = peers(kind, rank, schedule.stages)
         edge = "B" if kind == "I" else kind
@@ -120,6 +123,4 @@ def _compile(
             action.microbatch + batch * action.ahead,
             seconds[kind],
         ))  # fmt: skip
-        if kind in "BIW":
-            closing = place
-    return ops, closing
+    return ops

@@ -81,7 +81,7 @@ def greedy_rows(
         if kind != "W" and 0 <= receiver < stages:
             ranks[receiver].arrivals["B" if kind == "I" else kind].append(end + costs.message)
             heapq.heappush(events, (end + costs.message, receiver))
-        if costs.exchange is not None and kind in "BW" and rank.backwards_done():
+        if costs.exchange is not None and rank.row_done():
             waiting[rank.step] -= 1
             gate[rank.step] = max(gate[rank.step], end + costs.exchange)
             if not waiting[rank.step]:
@@ -166,10 +166,13 @@ class _Rank:
         """Whether the step's backwards have all begun; their end is `free`."""
         return self.done["W" if self.policy.split else "B"] == (self.step + 1) * self.count
 
+    def row_done(self) -> bool:
+        """Whether only the optimizer step is left."""
+        return self.done["T"] >= (self.step + 1) * self.teacher + self.ahead and self.backwards_done()
+
     def may_close(self, now: float) -> bool:
-        """Whether only the optimizer step is left, and may be made."""
-        ahead = self.done["T"] >= (self.step + 1) * self.teacher + self.ahead
-        return ahead and self.backwards_done() and self.gates[self.step] <= now
+        """Whether that may be made."""
+        return self.row_done() and self.gates[self.step] <= now
 
     def close(self, now: float) -> None:
         """Make the optimizer step."""

@@ -130,12 +130,13 @@ def _fill(table: Timetable, microbatches: int, costs: Costs, period: float, over
     Returns:
         The rows of a steady step; None if the holes do not suffice.
     """
-    gate = max(row[-1].end for row in table) + (costs.exchange or 0.0)
+    last = max(row[-1].end for row in table)
     arrivals: list[float] | None = None
     rows, above = [], microbatches
     for rank, student in enumerate(table):
-        close = student[-1].end if costs.exchange is None else gate
-        busy = [(cell.start, cell.end) for cell in student] + [(close, close + costs.optimizer)]
+        close = student[-1].end if costs.exchange is None else last
+        busy = [(cell.start, cell.end) for cell in student]
+        busy.append((close, close + (costs.exchange or 0.0) + costs.optimizer))
         starts = _placed(busy, microbatches, costs.t[rank], arrivals, period, overrun)
         arrivals = [start + costs.t[rank] + costs.message for start in starts]
         step = STEPS - 2

@@ -72,8 +72,8 @@ class Costs:
     Args:
         t, f, b, w: teacher forward, student forward, backward for inputs, backward for weights.
         message, optimizer: seconds of one message between neighbours, and of one optimizer step of a rank.
-        exchange: seconds from the last backward of all ranks until any rank may make its optimizer step, where a
-            scalar of all stages comes before it (clipping by norm, a loss scale); None: no rank waits for another.
+        exchange: seconds from when all ranks are through with their rows until any may make its optimizer step, where
+            a scalar of all stages comes before it (clipping by norm, a loss scale); None: no rank waits for another.
         whole: a full backward, of which the two parts may take more; none given: `b` + `w`.
         t_fixed: what of `t` a teacher forward takes however few rows it has; none given: nothing.
     """

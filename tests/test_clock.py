@@ -58,9 +58,9 @@ def test_with_an_exchange_no_rank_makes_its_optimizer_step_before_all_are_throug
         "T0@1 T1@2 F0@3 F1@4 B0@5 B1@7 T0@14 T1@15 F0@16 F1@17 B0@18 B1@20",
     ]
     assert [ends[:2] for ends in times.step_ends] == [[14, 27], [14, 27]]
-    # work behind the last backward fills the wait
+    # a rank takes part when it is through with its row: both at 11, after the teacher's work for the next batch
     first = starts(SPLIT, replace(costs, optimizer=0))[0]
-    assert first.endswith(" W1@8 T0'@9 T1@11 F0@12 F1@13 I0@15 W0@16 I1@17 W1@18 T0'@19")
+    assert first.endswith(" W1@8 T0'@9 T1@13 F0@14 F1@15 I0@17 W0@18 I1@19 W1@20 T0'@21")
 
 
 def test_ranks_that_wait_for_each_other_have_no_period() -> None:

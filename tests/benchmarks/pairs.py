@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -215,6 +215,7 @@ class Pair:
         inputs: So many samples.
         batch_size: Samples per step of the whole job.
         num_microbatches: Of a batch; too small ones make the operations themselves slower.
+        of_teacher: Its own number of microbatches, if that is another one.
         schedule: The order of the pipeline's work.
     """
 
@@ -222,6 +223,7 @@ class Pair:
     inputs: Callable[[int], Tensor] = images
     batch_size: int = 64
     num_microbatches: int = 2
+    of_teacher: int | Literal["auto"] = "auto"
     schedule: str = "auto"
 
 
@@ -240,6 +242,7 @@ PAIRS = {
         lambda: MoCo(nn.Sequential(*vit(192, head=False), head(192, 512, 128)), 128),
         batch_size=16,
         num_microbatches=4,
+        of_teacher=2,
         schedule="1f1b",
     ),
     "BERT-small (4 layers) to 3 layers": Pair(

@@ -94,8 +94,8 @@ def _fit_ddp(_: int, pair: str) -> Fit:
 
 def _fit_tspipe(_: int, pair: str) -> Fit:
     own = PAIRS[pair]
-    schedule: Any = own.schedule
-    strategy = TSPipeStrategy(microbatches=own.num_microbatches, start_method="fork", schedule=schedule)
+    options: dict[str, Any] = {"schedule": own.schedule, "teacher_microbatches": own.of_teacher}
+    strategy = TSPipeStrategy(microbatches=own.num_microbatches, start_method="fork", **options)
     return _fit(pair, strategy, PAIRS[pair].batch_size)
 
 
