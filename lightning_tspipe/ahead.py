@@ -129,3 +129,8 @@ def afab_period(microbatches: int, costs: Costs, ahead: Sequence[int], teacher_m
         free = [now + costs.optimizer for now in free]
         ends.append(tuple(free))
     return max(b - a for a, b in zip(ends[2], ends[4], strict=True)) / 2
+
+
+def unique(items: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The items without repetitions, in their order."""
+    return list(dict.fromkeys(items))

@@ -10,12 +10,17 @@ forward goes into the first hole that is long enough for it, once its input is t
 
 A greedy order (`greedy`) knows no timetable: it starts a teacher forward wherever a rank is free, which is in the
 student's way where all ranks are short of time at once, as with few microbatches in flight.
+
+There the student's own holes do not suffice either: what else is left of a step is no hole before anyone waits. So
+room is made for a teacher forward before the student's forward of some microbatches, of the same ones on every rank:
+then all wait at once, as if one stage held both, and nobody for another (`waves`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_tspipe.greedy import Policy, Rows, greedy_rows
@@ -42,7 +47,7 @@ Timetable = list[list[_Cell]]
 def filled(
     policy: Policy, microbatches: int, costs: Costs, periods: Sequence[float], teacher_microbatches: int = 0
 ) -> Iterator[Rows]:
-    """Rows with the teacher in the student's holes, the most promising first.
+    """Rows with the teacher in the student's own holes, the most promising first.
 
     Args:
         policy: how the student is ordered; nothing in it that concerns the teacher counts.
@@ -51,12 +56,9 @@ def filled(
         periods: seconds of a step to aim at; those that the student alone does not keep are left out.
         teacher_microbatches: of a batch; 0 stands for M.
     """
-    stages = len(costs.t)
-    alone = replace(costs, t=(0.0,) * stages, exchange=None)
-    rows = greedy_rows(replace(policy, ahead=(0,) * stages, lead=1), microbatches, alone, steps=2)
-    if rows is None:
+    student = _student(policy, microbatches, costs)
+    if student is None:
         return
-    student = [[action for action in row if action.kind != "T"] for row in rows]
     soon = _timed(student, costs)
     late = _put_off(_timed(student, costs), costs)
     known: set[Rows] = set()
@@ -70,8 +72,49 @@ def filled(
                         yield made
 
 
-def _timed(rows: Sequence[Sequence[Action]], costs: Costs) -> Timetable:
-    """One batch of the student alone, everything as soon as it can be."""
+def waves(policy: Policy, microbatches: int, costs: Costs, bound: float, best: Callable[[], float]) -> Iterator[Rows]:
+    """Rows with room for the teacher before some of the student's forwards, those of shorter steps first.
+
+    Args:
+        policy: as in `filled`.
+        microbatches: M, of both networks.
+        costs: seconds per action.
+        bound: seconds of a step at least.
+        best: seconds of the best step known; longer ones are not tried.
+    """
+    student = _student(policy, microbatches, costs)
+    if student is None or not max(costs.t):
+        return
+    known: set[Rows] = set()
+    alone = _loop(_drained(_timed(student, costs), costs), costs)
+    for count in range(max(1, math.ceil((bound - alone) / max(costs.t)) - 1), microbatches + 1):
+        spread = [q * microbatches // count for q in range(count)]
+        shortest = math.inf
+        for places in (range(microbatches - count, microbatches), spread, range(count)):
+            table = _drained(_timed(student, costs, frozenset(places)), costs)
+            for late in (False, True):
+                loop = _loop(_put_off(table, costs) if late else table, costs)
+                shortest = min(shortest, loop)
+                for period, overrun in itertools.product((max(loop, bound), 1.005 * max(loop, bound)), (0.0, 0.3)):
+                    if period < best() * (1 - NEARLY):
+                        made = _fill(table, microbatches, costs, period, overrun)
+                        if made is not None and made not in known:
+                            known.add(made)
+                            yield made
+        if shortest >= best():
+            break
+
+
+def _student(policy: Policy, microbatches: int, costs: Costs) -> list[list[Action]] | None:
+    """The student's rows if there were no teacher; None if the ranks get stuck."""
+    stages = len(costs.t)
+    alone = replace(costs, t=(0.0,) * stages, exchange=None)
+    rows = greedy_rows(replace(policy, ahead=(0,) * stages, lead=1), microbatches, alone, steps=2)
+    return None if rows is None else [[action for action in row if action.kind != "T"] for row in rows]
+
+
+def _timed(rows: Sequence[Sequence[Action]], costs: Costs, room: Collection[int] = ()) -> Timetable:
+    """One batch of the student, everything as soon as it can be, with room for the teacher before some forwards."""
     stages = len(rows)
     table: Timetable = [[] for _ in rows]
     free = [0.0] * stages
@@ -86,12 +129,28 @@ def _timed(rows: Sequence[Sequence[Action]], costs: Costs) -> Timetable:
                 arrival = 0.0 if source is None else there.get((edge, rank, action.microbatch), math.inf)
                 if arrival == math.inf:
                     break
-                start = max(free[rank], arrival)
+                made = costs.t[rank] if action.kind == "F" and action.microbatch in room else 0.0
+                start = max(free[rank] + made, arrival)
                 free[rank] = start + costs.seconds(action.kind, rank)
                 table[rank].append(_Cell(action, start, free[rank]))
                 if target is not None:
                     there[edge, target, action.microbatch] = free[rank] + costs.message
                 moved = True
+    return table
+
+
+def _drained(table: Timetable, costs: Costs) -> Timetable:
+    """The backwards as late as their receivers and what follows on their rank allow; the last one of rank 0 stays."""
+    above: dict[int, float] = {}
+    for row in table:
+        following = math.inf
+        for cell in reversed(row):
+            if cell.action.kind in "BI":
+                latest = min(following, above.get(cell.action.microbatch, math.inf) - costs.message)
+                if cell.end < latest < math.inf:
+                    cell.shift(latest - cell.end)
+            following = cell.start
+        above = {cell.action.microbatch: cell.start for cell in row if cell.action.kind in "BI"}
     return table
 
 

@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec
 
-from lightning_tspipe.ahead import afab_ahead, slower_messages, staircases, vary
+from lightning_tspipe.ahead import afab_ahead, slower_messages, staircases, unique, vary
 from lightning_tspipe.clock import clock
 from lightning_tspipe.floor import step_floor
 from lightning_tspipe.greedy import Policy, Rows, greedy_rows
-from lightning_tspipe.holes import filled
+from lightning_tspipe.holes import filled, waves
 from lightning_tspipe.plain import AFAB, plain_rows
 from lightning_tspipe.schedule import (
     Action,
@@ -41,8 +41,8 @@ from lightning_tspipe.schedule import (
 
 ORDERS = ("auto", "afab", "1f1b", "afab-split", "zb")
 SPLIT = ("afab-split", "zb")
-BUDGET = 16_000  # stages x microbatches x simulations in a search: less than a second
-FEWEST = 16  # simulations, for a large problem
+BUDGET = 14_000  # stages x microbatches x simulations in a search: less than a second
+FEWEST = 12  # simulations, for a large problem
 NEARLY = 1e-9  # of rounding
 PAYS = 1.01  # by so much a step must be shorter for "auto" to split the backward, which takes more memory
 NEAR = 1.0025  # a step that is this near to its bound is as good as any
@@ -185,7 +185,6 @@ class _Candidate:
     ahead: tuple[int, ...]
     score: Score
     period: float
-    policy: Policy | None = None
 
 
 @dataclass
@@ -248,6 +247,10 @@ class _Search:
         """Raises ScheduleError for what breaks a rule or a bound."""
         validate(schedule, max_in_flight=self.in_flight, max_held=self.held[name])
 
+    def shortest(self) -> float:
+        """Seconds of the best step so far."""
+        return math.inf if self.best is None else self.best.period
+
     @property
     def enough(self) -> bool:
         """Whether nothing much better can be found; where only jitter is left, a part of the budget is spent on it."""
@@ -258,7 +261,7 @@ class _Search:
     def schedule(self, rows: Rows) -> Schedule:
         return Schedule(self.stages, self.microbatches, self.loss_over, rows, self.teacher)
 
-    def offer(self, name: str, rows: Rows, policy: Policy | None = None) -> Score:
+    def offer(self, name: str, rows: Rows) -> Score:
         """Time the rows, and keep them if they are the best."""
         self.evaluations += 1
         schedule = self.schedule(rows)
@@ -271,7 +274,7 @@ class _Search:
             both *= PAYS
         score = worse, float(f"{both:.9g}"), ORDERS.index(name), sum(schedule.ahead)
         if self.best is None or score < self.best.score:
-            self.best = _Candidate(name, rows, schedule.ahead, score, period, policy)
+            self.best = _Candidate(name, rows, schedule.ahead, score, period)
         return score
 
     def plain(self, names: Sequence[str]) -> None:
@@ -321,8 +324,11 @@ class _Search:
         bound = max(self.costs.work(k, self.microbatches, name in SPLIT) for k in range(self.stages))
         periods = [bound * share for share in (1, 1.01, 1.03, 1.06)]
         for limit in self.limits(name):
-            for rows in filled(self.policy(name, limit), self.microbatches, self.actions, periods, self.teacher):
-                yield name, rows
+            given = self.policy(name, limit), self.microbatches, self.actions
+            found = filled(*given, periods, self.teacher)
+            if self.teacher == self.microbatches and name in ("1f1b", "zb"):
+                found = itertools.chain(found, waves(*given, bound, self.shortest))
+            yield from ((name, rows) for rows in found)
 
     def greedy(self, names: Sequence[str]) -> None:
         """Simulate policies, the most promising of every order first, then vary the best one."""
@@ -332,14 +338,12 @@ class _Search:
             self.evaluate(name, policy)
             if self.enough or self.evaluations - before >= self.budget * 2 // 3:
                 break
-        best = self.best
-        if best is None or best.policy is None or self.enough:
+        if self.enough or not self.seen:
             return
-        name, policy = best.name, best.policy
-        for patience in (0.5, 1.0):
+        for patience in (0.6, 0.3, 1.0):
+            name, policy = min(self.seen, key=self.seen.__getitem__)
             self.evaluate(name, replace(policy, patience=patience))
-        assert self.best is not None
-        policy = self.best.policy or policy
+        name, policy = min(self.seen, key=self.seen.__getitem__)
         if self.lookahead:
             vary(
                 policy.ahead,
@@ -357,7 +361,7 @@ class _Search:
             self.evaluations += 1
             score: Score = (True, math.inf, 0, 0)
         else:
-            score = self.offer(name, rows, policy)
+            score = self.offer(name, rows)
         self.seen[name, policy] = score
         return score
 
@@ -389,12 +393,7 @@ class _Search:
         for patience, lead, limit in itertools.product(patiences, leads, limits):
             yield name, replace(base, in_flight=limit, lead=lead, patience=patience)
         if self.lookahead:
-            for ahead, limit in itertools.product(
-                unique([*staircases(count, self.actions, split=split), (count,) * stages]), limits
-            ):
-                yield name, replace(base, in_flight=limit, ahead=ahead)
-
-
-def unique(items: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The items without repetitions, in their order."""
-    return list(dict.fromkeys(items))
+            stairs = unique([*staircases(count, self.actions, split=split), (count,) * stages])
+            tight = min(self.in_flight[0], self.held[name][0]) < self.microbatches  # then a wait goes round all ranks
+            for ahead, limit, patience in itertools.product(stairs, limits, (0.0, 0.6)[: 1 + tight]):
+                yield name, replace(base, in_flight=limit, ahead=ahead, patience=patience)

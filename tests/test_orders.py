@@ -401,8 +401,16 @@ def test_within_two_percent_of_the_bound(options: dict[str, Any], spare: int, co
     assert timeline(found.schedule, costs, steps=12).period <= found.bound / 0.98
 
 
+def test_ranks_wait_for_the_student_where_memory_is_tight() -> None:
+    """Ramps of costs, with which a teacher forward in every small hole takes 4 % more than the work."""
+    ramp = tuple(1 + k / 40 for k in range(8))
+    costs = Costs(tuple(1.5 * t for t in ramp[::-1]), ramp, ramp[::-1], ramp, message=0.1, optimizer=1)
+    found = find_schedule(8, 64, costs, loss_over="microbatch", max_in_flight=range(8, 0, -1))
+    assert found.period <= found.bound / 0.98
+
+
 def test_near_the_floor_with_the_memory_of_1f1b() -> None:
-    """Where the floor is the work alone: six of seven plans are within 2 % of it, and all within 7 %."""
+    """Where the floor is the work alone: 19 of 20 plans are within 2 % of it, and all within 5 %."""
     shares: list[float] = []
 
     @given(
@@ -422,8 +430,8 @@ def test_near_the_floor_with_the_memory_of_1f1b() -> None:
         shares.append(found.bound / found.period)
 
     check()
-    assert min(shares) >= 0.93
-    assert sum(share >= 0.98 for share in shares) >= 0.85 * len(shares)
+    assert min(shares) >= 0.95
+    assert sum(share >= 0.98 for share in shares) >= 0.95 * len(shares)
 
 
 @given(st.lists(st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0]), min_size=6, max_size=6))
