@@ -84,6 +84,7 @@ def joint_cut(
     stages: int,
     limit: float = math.inf,
     in_flight: Sequence[int] = (),
+    spare: float = 0.0,
 ) -> tuple[list[int], list[int]]:
     """Cut both networks together, such that the slowest stage is as fast as possible under a bound on its memory.
 
@@ -95,6 +96,8 @@ def joint_cut(
         stages: P.
         limit: bytes per rank.
         in_flight: for each stage, how many microbatches it holds at once; none: one each.
+        spare: by what share the slowest stage may be slower if the stage with the most memory takes less for that, by a
+            larger share.
 
     Returns:
         The numbers of layers per stage, of the student and of the teacher.
@@ -104,41 +107,67 @@ def joint_cut(
     """
     (student, sizes_s), (teacher, sizes_t) = student.joined(max(UNITS, stages)), teacher.joined(max(UNITS, stages))
     of_s, of_t = _Costs(student), _Costs(teacher)
+    seconds = [(of_s.seconds, of_t.seconds)] * stages
+    memory = [(of_s.memory(in_flight[stage] if in_flight else 1), of_t.weights) for stage in range(stages)]
     most = _simple_bound(of_s, of_t, stages) if limit == math.inf else math.inf
-    best = np.full((of_s.count + 1, of_t.count + 1), math.inf)
+    slowest, ends = _search(seconds, memory, limit, most)
+    if spare:
+        cuts = itertools.pairwise([(0, 0), *ends])
+        parts = zip(memory, cuts, strict=True)
+        fullest = max(float(ranges_s[a, b] + ranges_t[c, d]) for (ranges_s, ranges_t), ((a, c), (b, d)) in parts)
+        less, others = _search(memory, seconds, slowest * (1 + spare), fullest)
+        ends = others if less < fullest * (1 - spare) else ends
+    starts = [(0, 0), *ends[:-1]]
+    return (
+        [sum(sizes_s[start:end]) for (start, _), (end, _) in zip(starts, ends, strict=True)],
+        [sum(sizes_t[start:end]) for (_, start), (_, end) in zip(starts, ends, strict=True)],
+    )
+
+
+_Ranges = Sequence[tuple[np.ndarray, np.ndarray]]  # per stage, of the student and of the teacher: (first layer, end)
+
+
+def _search(costs: _Ranges, others: _Ranges, limit: float, most: float) -> tuple[float, list[tuple[int, int]]]:
+    """The stages' ends with the smallest largest cost, where nothing else exceeds a limit.
+
+    Args:
+        costs: what each stage would cost.
+        others: what `limit` is for.
+        limit: of these.
+        most: the cost of a stage that no answer needs to exceed.
+
+    Raises:
+        ValueError: nothing keeps the limit.
+    """
+    count_s, count_t = (len(ranges) - 1 for ranges in costs[0])
+    best = np.full((count_s + 1, count_t + 1), math.inf)
     best[0, 0] = 0.0
     cuts: list[np.ndarray] = []
-    for stage in range(stages):
-        count = in_flight[stage] if in_flight else 1
-        memory_s = of_s.memory(count)
+    for stage, ((cost_s, cost_t), (other_s, other_t)) in enumerate(zip(costs, others, strict=True)):
         now = np.full_like(best, math.inf)
         where = np.zeros((*best.shape, 2), dtype=np.int64)
-        left = stages - 1 - stage
-        for end in range(stage + 1, of_s.count - left + 1):
-            starts = np.flatnonzero((of_s.seconds[:end, end] <= most) & np.isfinite(best[:end].min(axis=1)))
+        for end in range(stage + 1, count_s - (len(costs) - 1 - stage) + 1):
+            possible = (cost_s[:end, end] <= most) & (other_s[:end, end] <= limit)
+            starts = np.flatnonzero(possible & np.isfinite(best[:end].min(axis=1)))
             if not len(starts):
                 continue
             # (start of the student's part, start and end of the teacher's)
-            cost = of_s.seconds[starts, end][:, None, None] + of_t.seconds[None]
+            cost = cost_s[starts, end][:, None, None] + cost_t[None]
             if limit < math.inf:
-                cost = np.where(memory_s[starts, end][:, None, None] + of_t.weights[None] <= limit, cost, math.inf)
-            cost = np.maximum(cost, best[starts][:, :, None]).reshape(-1, of_t.count + 1)
+                cost = np.where(other_s[starts, end][:, None, None] + other_t[None] <= limit, cost, math.inf)
+            cost = np.maximum(cost, best[starts][:, :, None]).reshape(-1, count_t + 1)
             place = cost.argmin(axis=0)
-            now[end] = cost[place, np.arange(of_t.count + 1)]
-            where[end, :, 0], where[end, :, 1] = starts[place // (of_t.count + 1)], place % (of_t.count + 1)
+            now[end] = cost[place, np.arange(count_t + 1)]
+            where[end, :, 0], where[end, :, 1] = starts[place // (count_t + 1)], place % (count_t + 1)
         best = now
         cuts.append(where)
     if not math.isfinite(best[-1, -1]):
         raise ValueError("nothing keeps the limit")
-    end_s, end_t = of_s.count, of_t.count
-    result_s: list[int] = []
-    result_t: list[int] = []
-    for where in reversed(cuts):
-        start_s, start_t = (int(number) for number in where[end_s, end_t])
-        result_s.insert(0, sum(sizes_s[start_s:end_s]))
-        result_t.insert(0, sum(sizes_t[start_t:end_t]))
-        end_s, end_t = start_s, start_t
-    return result_s, result_t
+    ends = [(count_s, count_t)]
+    for where in reversed(cuts[1:]):
+        start_s, start_t = where[ends[0]]
+        ends.insert(0, (int(start_s), int(start_t)))
+    return float(best[-1, -1]), ends
 
 
 def _simple_bound(student: _Costs, teacher: _Costs, stages: int) -> float:

@@ -23,6 +23,7 @@ from lightning_tspipe.recording import tensors_of
 from lightning_tspipe.schedule import LossOver
 
 Sample = dict[str, list[Any]]
+SPARE = 0.01  # of the slowest rank, which a measurement does not tell, for less memory
 ENOUGH_FOR_ALL = 2.0, 0.2  # seconds after which a rank's layers are not measured again, with many rows and with few
 
 
@@ -113,7 +114,7 @@ class Cutter:
         self, student: Chain, teacher: Chain, limit: float, in_flight: Sequence[int]
     ) -> tuple[list[int], list[int]]:
         try:
-            return joint_cut(student, teacher, self._stages, limit, in_flight)
+            return joint_cut(student, teacher, self._stages, limit, in_flight, SPARE)
         except ValueError as error:
             whole = sum(student.weights) + sum(teacher.weights)
             way_out = "more stages or smaller microbatches" if self._recompute else (

@@ -67,7 +67,13 @@ def test_a_joint_cut_is_the_best_of_all(
         with pytest.raises(ValueError, match="nothing keeps the limit"):
             joint_cut(student, teacher, stages, limit, in_flight)
         return
+    leaner = joint_cut(student, teacher, stages, limit, in_flight, spare=0.2)
     found = joint_cut(student, teacher, stages, limit, in_flight)
+    near = [pair for pair in fitting if slowest(student, teacher, pair) <= best * 1.2 + 1e-9]
+    least, now = (min(max(memory(student, teacher, pair, in_flight)) for pair in pairs) for pairs in (near, [found]))
+    assert slowest(student, teacher, leaner) <= best * 1.2 + 1e-9
+    wanted = least if least < 0.8 * now else now
+    assert max(memory(student, teacher, leaner, in_flight)) == pytest.approx(wanted)
     assert [sum(sizes) for sizes in found] == [len(student.seconds), len(teacher.seconds)]
     assert min(map(min, found)) >= 1
     assert max(memory(student, teacher, found, in_flight)) <= limit + 1e-9

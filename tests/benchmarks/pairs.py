@@ -230,10 +230,13 @@ class Pair:
 PAIRS = {
     "resnet50 to resnet18": Pair(
         lambda: Distillation(flat(resnet50(num_classes=NUM_CLASSES)), flat(resnet18(num_classes=NUM_CLASSES))),
-        num_microbatches=4,
+        num_microbatches=3,
+        schedule="1f1b",
     ),
     "ViT-S/8 to resnet18": Pair(
-        lambda: Distillation(vit(384), flat(resnet18(num_classes=NUM_CLASSES))), num_microbatches=4
+        lambda: Distillation(vit(384), flat(resnet18(num_classes=NUM_CLASSES))),
+        num_microbatches=4,
+        schedule="1f1b",
     ),
     "BYOL resnet18": Pair(
         lambda: BYOL(nn.Sequential(*flat(resnet18(), head=False), head(512, 512, 128)), 128), batch_size=32
