@@ -249,6 +249,6 @@ PAIRS = {
         schedule="1f1b",
     ),
     "BERT-small (4 layers) to 3 layers": Pair(
-        lambda: Distillation(bert(4), bert(3)), tokens, 32, num_microbatches=4, schedule="1f1b"
+        lambda: Distillation(bert(4), bert(3)), tokens, 32, num_microbatches=5, schedule="1f1b"
     ),
 }

@@ -19,7 +19,7 @@ from tests.benchmarks.problem import Problem
 from tests.benchmarks.processes import run_forked
 
 STAGES = (2, 4, 8, 16, 32, 64)
-SMALL = 16  # stages up to which a short run has many microbatches
+SMALL, MIDDLE = 8, 16  # stages up to which a short run has many microbatches, and up to which it has a few
 MOST = 1000
 FITTED = (1, 4, 10)  # microbatches of the fits whose excess gives the overheads, on two stages
 STEADY = 5  # times P microbatches, from which on each further one adds as much to a rival's step
@@ -148,7 +148,8 @@ def on_paper(full: bool, more: Overheads) -> list[Prediction]:
     tasks = []
     for stages in STAGES:
         many = MOST - MOST % stages
-        counts = (stages, 2 * stages, 3 * stages, many) if full or stages <= SMALL else (3 * stages,)
+        counts = (stages, 2 * stages, 3 * stages) if full or stages <= MIDDLE else (3 * stages,)
+        counts += (many,) if full or stages <= SMALL else ()
         tasks += [(stages, count) for count in counts]
     tasks.sort(key=lambda task: -task[0] * task[1])
     shares = run_forked(_share, 2, tasks, more, timeout_s=TIMEOUT_S)
