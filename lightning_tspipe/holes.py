@@ -22,6 +22,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from lightning_tspipe.greedy import Policy, Rows, greedy_rows
 from lightning_tspipe.schedule import Action, Costs, Kind, peers
@@ -60,7 +61,7 @@ def filled(
     if student is None:
         return
     soon = _timed(student, costs)
-    late = _put_off(_timed(student, costs), costs)
+    late = _put_off(_timed(student, costs), costs, "F")
     known: set[Rows] = set()
     for period in periods:
         for table in (late, soon):
@@ -86,14 +87,14 @@ def waves(policy: Policy, microbatches: int, costs: Costs, bound: float, best: C
     if student is None or not max(costs.t):
         return
     known: set[Rows] = set()
-    alone = _loop(_drained(_timed(student, costs), costs), costs)
+    alone = _loop(_put_off(_timed(student, costs), costs, "BI"), costs)
     for count in range(max(1, math.ceil((bound - alone) / max(costs.t)) - 1), microbatches + 1):
-        spread = [q * microbatches // count for q in range(count)]
+        spread = {q * microbatches // count for q in range(count)}
         shortest = math.inf
         for places in (range(microbatches - count, microbatches), spread, range(count)):
-            table = _drained(_timed(student, costs, frozenset(places)), costs)
+            table = _put_off(_timed(student, costs, places), costs, "BI")
             for late in (False, True):
-                loop = _loop(_put_off(table, costs) if late else table, costs)
+                loop = _loop(_put_off(table, costs, "F") if late else table, costs)
                 shortest = min(shortest, loop)
                 for period, overrun in itertools.product((max(loop, bound), 1.005 * max(loop, bound)), (0.0, 0.3)):
                     if period < best() * (1 - NEARLY):
@@ -139,33 +140,21 @@ def _timed(rows: Sequence[Sequence[Action]], costs: Costs, room: Collection[int]
     return table
 
 
-def _drained(table: Timetable, costs: Costs) -> Timetable:
-    """The backwards as late as their receivers and what follows on their rank allow; the last one of rank 0 stays."""
-    above: dict[int, float] = {}
-    for row in table:
+def _put_off(table: Timetable, costs: Costs, kinds: Literal["F", "BI"]) -> Timetable:
+    """The forwards, or the backwards, as late as their receivers and what follows on their rank allow.
+
+    The forwards of the last rank, and the last backward of rank 0, stay.
+    """
+    receiver: dict[int, float] = {}  # when it starts on a microbatch
+    for row in reversed(table) if kinds == "F" else table:
         following = math.inf
         for cell in reversed(row):
-            if cell.action.kind in "BI":
-                latest = min(following, above.get(cell.action.microbatch, math.inf) - costs.message)
+            if cell.action.kind in kinds:
+                latest = min(following, receiver.get(cell.action.microbatch, math.inf) - costs.message)
                 if cell.end < latest < math.inf:
                     cell.shift(latest - cell.end)
             following = cell.start
-        above = {cell.action.microbatch: cell.start for cell in row if cell.action.kind in "BI"}
-    return table
-
-
-def _put_off(table: Timetable, costs: Costs) -> Timetable:
-    """The forwards as late as their receivers and what follows on their rank allow; the last rank's stay."""
-    below: dict[int, float] = {}
-    for row in reversed(table):
-        following = math.inf
-        for cell in reversed(row):
-            if cell.action.kind == "F":
-                latest = min(following, below.get(cell.action.microbatch, math.inf) - costs.message)
-                if cell.end < latest < math.inf:
-                    cell.shift(latest - cell.end)
-            following = cell.start
-        below = {cell.action.microbatch: cell.start for cell in row if cell.action.kind == "F"}
+        receiver = {cell.action.microbatch: cell.start for cell in row if cell.action.kind in kinds}
     return table
 
 

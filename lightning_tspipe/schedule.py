@@ -167,6 +167,11 @@ class Schedule:
         """For each rank how many teacher forwards of the next batch it makes in a step (s_k)."""
         return tuple(sum(action.ahead and action.kind == "T" for action in row) for row in self.ranks)
 
+    def taught(self, microbatch: int) -> range:
+        """The teacher's microbatches that the loss of one of the student's needs."""
+        count, pieces = self.microbatches, self.teacher_microbatches
+        return covering(microbatch, count, pieces) if self.loss_over == "microbatch" else range(pieces)
+
     def __str__(self) -> str:
         rows = (f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.ranks))
         header = f"stages={self.stages} microbatches={self.microbatches} loss_over={self.loss_over}"
@@ -313,10 +318,7 @@ def _row_faults(schedule: Schedule, rank: int, limit: int, hold: int) -> Iterato
         kind, q = action.kind, action.microbatch
         teacher, back, due = kind == "T", kind in "BI", next_ahead if action.ahead else next_own
         forwards, backwards, finished = forwards + (kind == "F"), backwards + back, finished + (kind in "BW")
-        most, needs = (
-            pieces if teacher else count,
-            pieces if gate == "student_microbatch" else covering(q, count, pieces).stop,
-        )
+        most, needs = pieces if teacher else count, schedule.taught(q).stop
         rules = (
             (not 0 <= q < most, f"the microbatches are 0 to {most - 1}"),
             (action in seen, f"{action} comes twice"),
@@ -333,7 +335,7 @@ def _row_faults(schedule: Schedule, rank: int, limit: int, hold: int) -> Iterato
                 back and gate == "batch" and (forwards < count or next_own < pieces),
                 "the loss needs every F and T of the batch",
             ),
-            (back and gate != "batch" and gate and next_own < needs, f"the loss of microbatch {q} needs T{needs - 1}"),
+            (back and gate in LOSSES[1:] and next_own < needs, f"the loss of microbatch {q} needs T{needs - 1}"),
             (forwards - backwards > limit, f"{forwards - backwards} student microbatches in flight, bound {limit}"),
             (forwards - finished > hold, f"{forwards - finished} student microbatches held, bound {hold}"),
         )

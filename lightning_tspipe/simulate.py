@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 from lightning_tspipe.clock import clock
-from lightning_tspipe.schedule import Action, Costs, Kind, Op, Schedule, covering, lower, peers, step_order, validate
+from lightning_tspipe.schedule import Action, Costs, Kind, Op, Schedule, lower, peers, step_order, validate
 
 Edge = tuple[int, int, Kind]  # sender, receiver, and T, F or B; the gradient of an I travels with those of B
 Work = tuple[int, int]  # batch, microbatch
@@ -210,11 +210,9 @@ class _Run:
         elif action.kind in "BI":
             needs = [("F", batch, q)]
             if rank == self.schedule.stages - 1:
-                over = self.schedule.loss_over
-                needs += [
-                    ("T", batch, p) for p in (covering(q, count, pieces) if over == "microbatch" else range(pieces))
-                ]
-                needs += [("F", batch, p) for p in (range(count) if over == "batch" else range(q, q + 1))]
+                whole = self.schedule.loss_over == "batch"
+                needs += [("T", batch, p) for p in self.schedule.taught(q)]
+                needs += [("F", batch, p) for p in (range(count) if whole else range(q, q + 1))]
         elif action.kind == "W":
             needs = [("I", batch, q)]
         if (action.kind, batch, q) in worked:
