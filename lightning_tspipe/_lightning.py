@@ -111,10 +111,15 @@ def take_over_backward(trainer: pl.Trainer, yes: bool) -> None:
     trainer.fit_loop._skip_backward = yes
 
 
+def begins_window(trainer: pl.Trainer) -> bool:
+    """Whether the current batch is the first one of its accumulation window."""
+    return trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0
+
+
 def zero_grad(trainer: pl.Trainer, optimizer: Optimizer) -> None:
     """What Lightning's closure does before a backward, hooks and progress counters included, at our own moment."""
     loop = trainer.fit_loop.epoch_loop
-    if loop.batch_idx % trainer.accumulate_grad_batches == 0:
+    if begins_window(trainer):
         loop.automatic_optimization._on_before_zero_grad(optimizer)
         loop.automatic_optimization._optimizer_zero_grad(loop.batch_idx, optimizer)
 

@@ -136,6 +136,7 @@ class Fitting:
             info = self._feed.current.info
             self._replanner.before_step(info.microbatches, info.teacher_microbatches)
         self.in_step = True
+        self._hooks.before_forwards()
         with self._trainer.precision_plugin.train_step_context():
             report = self.runtime.run_step(
                 self._feed.current,

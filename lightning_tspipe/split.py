@@ -102,9 +102,12 @@ class _Junction:
 
     def _finish_known(self) -> None:
         edges, compute = self._known[0]
+        more = self._known[1:]
+        rooms = [_room(node) if more else None for node, _ in edges]
         found = compute()
-        for _, compute in self._known[1:]:  # in the order in which the nodes ran, as the graph sums them
-            found = [one + other for one, other in zip(found, compute(), strict=True)]
+        for _, compute in more:  # in the order in which the nodes ran, as the graph sums them
+            pairs = zip(found, compute(), rooms, strict=True)
+            found = [torch.add(one, other, out=one if room is None else room) for one, other, room in pairs]
         torch.autograd.backward([_root(*edge) for edge in edges], found)
 
 
@@ -186,6 +189,12 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, tuple):
             yield from _tensors(value)
+
+
+def _room(node: Any) -> Tensor | None:
+    """Memory for a parameter's first gradient, taken before what is summed, which then is freed in one piece."""
+    parameter = getattr(node, "variable", None)
+    return None if parameter is None or parameter.grad is not None else torch.empty_like(parameter.detach())
 
 
 def _root(node: Any, place: int) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -31,6 +32,13 @@ class TrainingHooks:
         self._trainer, self._module, self._signals = trainer, module, signals
         self._metrics = dict(_metrics.metrics_of(module))
         self._names = {id(metric): name for name, metric in self._metrics.items()}
+        owners: list[Any] = [module, *trainer.callbacks]  # type: ignore[attr-defined]
+        self._are_seen = any(is_overridden("on_before_zero_grad", owner) for owner in owners)
+
+    def before_forwards(self) -> None:
+        """Let go of the last step's gradients, whose memory the activations can have, unless a hook is to see them."""
+        if not self._are_seen and _lightning.begins_window(self._trainer):
+            self._trainer.optimizers[0].zero_grad()
 
     def loss(self, student_out: Any, teacher_out: Any, target: Any, rows: slice) -> tuple[Tensor, LossReport]:
         """Run the user's loss and record what it logs; a faulty result is an error that names the fix."""

@@ -321,6 +321,55 @@ def hooks(make: Make) -> Any:
     return notes
 
 
+class Looks(torch.nn.Linear):
+    """Notes in each forward of training whether there is a gradient of before."""
+
+    def __init__(self, like: torch.nn.Linear) -> None:
+        super().__init__(like.in_features, like.out_features)
+        self.notes: list[bool] = []
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.notes.append(self.weight.grad is not None)
+        return super().forward(x)
+
+
+class LooksAgain(Callback):
+    """Notes before gradients are zeroed how many there are."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.counts.append(sum(p.grad is not None for p in pl_module.parameters()))
+
+
+@case(CASES)
+def gradients(make: Make) -> Any:
+    found = []
+    for callback, batches in ((None, 1), (None, 2), (LooksAgain(), 1)):
+        module = Model()
+        module.student = torch.nn.Sequential(*map(Looks, module.student))
+        make(callbacks=callback, accumulate_grad_batches=batches).fit(module, loader())
+        found.append(([x.notes for x in module.student if x.notes], callback and callback.counts))
+    return found
+
+
+def test_gradients_go_before_the_forwards_unless_a_hook_looks_at_them(twins: Twins) -> None:
+    """Else the activations of a step would need memory besides them; there are 8 batches of 2 microbatches."""
+    for stages in PIPELINES:
+        for free, accumulated, seen in twins.ranks("gradients", stages):
+            assert all(notes for notes, _ in (free, accumulated, seen)), "no layer ran here"
+            for notes in free[0]:
+                assert notes[-16:] == [False] * 16
+            for notes in accumulated[0]:
+                assert notes[-16:] == [False, False, True, True] * 4
+            for notes in seen[0]:
+                assert notes[-16:] == [False, False] + [True] * 14
+            parameters = 2 * len(seen[0])  # that this stage has
+            assert seen[1] == [0] + [parameters] * 7
+
+
 def test_every_hook_fires_once_and_in_order(twins: Twins) -> None:
     (expected,) = twins.ranks("hooks", TWIN)
 
