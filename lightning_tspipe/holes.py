@@ -18,11 +18,12 @@ then all wait at once, as if one stage held both, and nobody for another (`waves
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_tspipe.greedy import Policy, Rows, greedy_rows
 from lightning_tspipe.schedule import Action, Costs, Kind, peers
@@ -67,10 +68,7 @@ def filled(
         for table in (late, soon):
             if period >= _loop(table, costs) * (1 - NEARLY):
                 for overrun in (0.0, 0.3, 0.6):
-                    made = _fill(table, teacher_microbatches or microbatches, costs, period, overrun)
-                    if made is not None and made not in known:
-                        known.add(made)
-                        yield made
+                    yield from _new(known, table, teacher_microbatches or microbatches, costs, period, overrun)
 
 
 def waves(policy: Policy, microbatches: int, costs: Costs, bound: float, best: Callable[[], float]) -> Iterator[Rows]:
@@ -90,28 +88,35 @@ def waves(policy: Policy, microbatches: int, costs: Costs, bound: float, best: C
     alone = _loop(_put_off(_timed(student, costs), costs, "BI"), costs)
     for count in range(max(1, math.ceil((bound - alone) / max(costs.t)) - 1), microbatches + 1):
         spread = {q * microbatches // count for q in range(count)}
-        shortest = math.inf
+        loops = []
         for places in (range(microbatches - count, microbatches), spread, range(count)):
             table = _put_off(_timed(student, costs, places), costs, "BI")
-            for late in (False, True):
-                loop = _loop(_put_off(table, costs, "F") if late else table, costs)
-                shortest = min(shortest, loop)
-                for period, overrun in itertools.product((max(loop, bound), 1.005 * max(loop, bound)), (0.0, 0.3)):
+            for _ in range(2):  # the second time with its forwards put off, too
+                loops.append(_loop(table, costs))
+                least = max(loops[-1], bound)
+                for period, overrun in itertools.product((least, 1.005 * least), (0.0, 0.3)):
                     if period < best() * (1 - NEARLY):
-                        made = _fill(table, microbatches, costs, period, overrun)
-                        if made is not None and made not in known:
-                            known.add(made)
-                            yield made
-        if shortest >= best():
+                        yield from _new(known, table, microbatches, costs, period, overrun)
+                _put_off(table, costs, "F")
+        if min(loops) >= best():
             break
 
 
-def _student(policy: Policy, microbatches: int, costs: Costs) -> list[list[Action]] | None:
+def _new(known: set[Rows], *tried: Any) -> Iterator[Rows]:
+    """What `_fill` makes, if it makes something that is not known."""
+    made = _fill(*tried)
+    if made is not None and made not in known:
+        known.add(made)
+        yield made
+
+
+@functools.lru_cache(maxsize=8)  # `filled` and `waves` ask for the same
+def _student(policy: Policy, microbatches: int, costs: Costs) -> Rows | None:
     """The student's rows if there were no teacher; None if the ranks get stuck."""
     stages = len(costs.t)
     alone = replace(costs, t=(0.0,) * stages, exchange=None)
     rows = greedy_rows(replace(policy, ahead=(0,) * stages, lead=1), microbatches, alone, steps=2)
-    return None if rows is None else [[action for action in row if action.kind != "T"] for row in rows]
+    return None if rows is None else tuple(tuple(action for action in row if action.kind != "T") for row in rows)
 
 
 def _timed(rows: Sequence[Sequence[Action]], costs: Costs, room: Collection[int] = ()) -> Timetable:
