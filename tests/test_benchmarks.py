@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lightning_tspipe import ahead
@@ -13,7 +16,7 @@ from lightning_tspipe.clock import clock
 from lightning_tspipe.orders import make_schedule
 from lightning_tspipe.rivals import periods
 from lightning_tspipe.schedule import Costs
-from tests.benchmarks import report, scaling, suite
+from tests.benchmarks import balance, report, scaling, suite
 from tests.benchmarks.measure import Measurement
 from tests.benchmarks.ours import MESSAGE_S, PAPER
 from tests.benchmarks.problem import Problem
@@ -171,3 +174,17 @@ def test_the_papers_cut_is_of_the_same_batch() -> None:
     for networks, problem in zip(halved.networks(), (base, halved), strict=True):
         assert [layer.forward_s for layer in networks] == [problem.f] * 8
     assert any(contender == PAPER for case in suite.quick() for contender, _ in case.runs())
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_the_best_of_all_cuts(stages: int) -> None:
+    """Next to a look at every pair of cuts."""
+    random = np.random.default_rng(stages)
+    student, teacher = (balance.Times(random.exponential(size=n), random.random(n + 1) / 5) for n in (7, 9))
+
+    def every(count: int) -> Iterator[list[int]]:
+        for ends in itertools.combinations(range(1, count), stages - 1):
+            yield [b - a for a, b in itertools.pairwise([0, *ends, count])]
+
+    pairs = itertools.product(every(7), every(9))
+    assert balance.best(student, teacher, stages) == min(balance.slowest(student, teacher, pair) for pair in pairs)

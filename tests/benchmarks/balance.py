@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -123,12 +124,19 @@ def slowest(student: Times, teacher: Times, sizes: tuple[list[int], list[int]]) 
 
 
 def best(student: Times, teacher: Times, stages: int) -> float:
-    """Seconds of the slowest rank with the best of all pairs of cuts."""
+    """Seconds of the slowest rank with the best of all pairs of cuts, without those of which one network is too slow."""
     sums = []
     for times in (student, teacher):
         starts = itertools.combinations(range(1, len(times.layers)), stages - 1)
         sums.append(np.array([times.stages([0, *places]) for places in starts]))
-    return float(min((sums[1] + row).max(axis=1).min() for row in sums[0]))
+    rows, others = (each[each.max(axis=1).argsort()] for each in sums)
+    least, slowest_other = math.inf, others.max(axis=1)
+    for row in rows:
+        if row.max() >= least:
+            break
+        fast = others[: np.searchsorted(slowest_other, least)]
+        least = min(least, float((fast + row).max(axis=1).min(initial=math.inf)))
+    return least
 
 
 def _measure(_: int, teacher: str) -> tuple[list[LayerCost], list[LayerCost], dict[int, Any]]:
