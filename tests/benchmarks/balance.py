@@ -124,7 +124,7 @@ def slowest(student: Times, teacher: Times, sizes: tuple[list[int], list[int]]) 
 
 
 def best(student: Times, teacher: Times, stages: int) -> float:
-    """Seconds of the slowest rank with the best of all pairs of cuts, without those of which one network is too slow."""
+    """Seconds of the slowest rank with the best of all pairs of cuts; those of which one is too slow are left out."""
     sums = []
     for times in (student, teacher):
         starts = itertools.combinations(range(1, len(times.layers)), stages - 1)
