@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_tspipe import _lightning, _metrics
@@ -37,8 +38,10 @@ class TrainingHooks:
 
     def before_forwards(self) -> None:
         """Let go of the last step's gradients, whose memory the activations can have, unless a hook is to see them."""
-        if not self._are_seen and _lightning.begins_window(self._trainer):
-            self._trainer.optimizers[0].zero_grad()
+        optimizer = self._trainer.optimizers[0]
+        is_usual = type(optimizer).zero_grad is Optimizer.zero_grad  # another one may count its calls
+        if is_usual and not self._are_seen and _lightning.begins_window(self._trainer):
+            optimizer.zero_grad()
 
     def loss(self, student_out: Any, teacher_out: Any, target: Any, rows: slice) -> tuple[Tensor, LossReport]:
         """Run the user's loss and record what it logs; a faulty result is an error that names the fix."""

@@ -334,6 +334,18 @@ class Looks(torch.nn.Linear):
         return super().forward(x)
 
 
+class Counts(torch.optim.SGD):
+    """Notes each call of `zero_grad`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.calls = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.calls += 1
+        super().zero_grad(set_to_none)
+
+
 class LooksAgain(Callback):
     """Notes before gradients are zeroed how many there are."""
 
@@ -352,13 +364,16 @@ def gradients(make: Make) -> Any:
         module.student = torch.nn.Sequential(*map(Looks, module.student))
         make(callbacks=callback, accumulate_grad_batches=batches).fit(module, loader())
         found.append(([x.notes for x in module.student if x.notes], callback and callback.counts))
-    return found
+    run = make()
+    run.fit(Model(lambda module: Counts(module.student.parameters(), lr=0.1)), loader())
+    return [*found, run.optimizers[0].calls]
 
 
 def test_gradients_go_before_the_forwards_unless_a_hook_looks_at_them(twins: Twins) -> None:
     """Else the activations of a step would need memory besides them; there are 8 batches of 2 microbatches."""
     for stages in PIPELINES:
-        for free, accumulated, seen in twins.ranks("gradients", stages):
+        for free, accumulated, seen, calls in twins.ranks("gradients", stages):
+            assert calls == 8, "an optimizer with a `zero_grad` of its own is asked once per step"
             assert all(notes for notes, _ in (free, accumulated, seen)), "no layer ran here"
             for notes in free[0]:
                 assert notes[-16:] == [False] * 16
