@@ -111,15 +111,10 @@ def take_over_backward(trainer: pl.Trainer, yes: bool) -> None:
     trainer.fit_loop._skip_backward = yes
 
 
-def begins_window(trainer: pl.Trainer) -> bool:
-    """Whether the current batch is the first one of its accumulation window."""
-    return trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0
-
-
 def zero_grad(trainer: pl.Trainer, optimizer: Optimizer) -> None:
     """What Lightning's closure does before a backward, hooks and progress counters included, at our own moment."""
     loop = trainer.fit_loop.epoch_loop
-    if begins_window(trainer):
+    if loop.batch_idx % trainer.accumulate_grad_batches == 0:
         loop.automatic_optimization._on_before_zero_grad(optimizer)
         loop.automatic_optimization._optimizer_zero_grad(loop.batch_idx, optimizer)
 

@@ -91,13 +91,14 @@ def waves(policy: Policy, microbatches: int, costs: Costs, bound: float, best: C
         loops = []
         for places in (range(microbatches - count, microbatches), spread, range(count)):
             table = _put_off(_timed(student, costs, places), costs, "BI")
-            for _ in range(2):  # the second time with its forwards put off, too
+            for late in (False, True):
+                if late:
+                    _put_off(table, costs, "F")
                 loops.append(_loop(table, costs))
                 least = max(loops[-1], bound)
                 for period, overrun in itertools.product((least, 1.005 * least), (0.0, 0.3)):
                     if period < best() * (1 - NEARLY):
                         yield from _new(known, table, microbatches, costs, period, overrun)
-                _put_off(table, costs, "F")
         if min(loops) >= best():
             break
 

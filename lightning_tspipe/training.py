@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_tspipe import _lightning, _metrics
@@ -37,11 +36,9 @@ class TrainingHooks:
         self._are_seen = any(is_overridden("on_before_zero_grad", owner) for owner in owners)
 
     def before_forwards(self) -> None:
-        """Let go of the last step's gradients, whose memory the activations can have, unless a hook is to see them."""
-        optimizer = self._trainer.optimizers[0]
-        is_usual = type(optimizer).zero_grad is Optimizer.zero_grad  # another one may count its calls
-        if is_usual and not self._are_seen and _lightning.begins_window(self._trainer):
-            optimizer.zero_grad()
+        """Zero the gradients, whose memory the activations can have, unless a hook is to see them in its place."""
+        if not self._are_seen:
+            _lightning.zero_grad(self._trainer, self._trainer.optimizers[0])
 
     def loss(self, student_out: Any, teacher_out: Any, target: Any, rows: slice) -> tuple[Tensor, LossReport]:
         """Run the user's loss and record what it logs; a faulty result is an error that names the fix."""
@@ -57,8 +54,9 @@ class TrainingHooks:
         return loss, LossReport(head.entries + recorder.entries, head.values + recorder.values)
 
     def before_backward(self, loss: Tensor) -> Tensor:
-        """Zero the gradients and fire the hooks that Lightning fires here."""
-        _lightning.zero_grad(self._trainer, self._trainer.optimizers[0])
+        """Zero the gradients, if that has not been done, and fire the hooks that Lightning fires here."""
+        if self._are_seen:
+            _lightning.zero_grad(self._trainer, self._trainer.optimizers[0])
         scaled = loss / self._trainer.accumulate_grad_batches
         precision = self._trainer.precision_plugin
         self._trainer.strategy.pre_backward(scaled)
