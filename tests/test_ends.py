@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tests.scripts.faults import HOOKS, STEPS
-from tests.scripts.zygote import Zygote
+from tests.scripts.zygote import Zygote, serve
 
 LIMIT_S = 10.0
 RUN = "tests.scripts.faults:run"
@@ -210,3 +213,38 @@ def test_a_full_disk(zygote: Zygote, tmp_path: Path, whole: dict[int, dict[str, 
         resume(zygote, tmp_path / "resumed", 2, whole, last)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def sleep(rank: int, out: Path) -> None:
+    """Tell the process, and stay."""
+    (out / f"{rank}.new").write_text(str(os.getpid()))
+    (out / f"{rank}.new").rename(out / f"{rank}.pid")
+    time.sleep(25)
+
+
+def alive(process: int) -> bool:
+    """Whether there is such a process."""
+    return Path(f"/proc/{process}").exists()
+
+
+@pytest.mark.timeout(30)
+def test_no_rank_outlives_tests_that_are_killed(tmp_path: Path) -> None:
+    request = {"target": "tests.test_ends:sleep", "ranks": 2, "out": str(tmp_path), "deadline": 25, "arguments": {}}
+    if not (tests := os.fork()):
+        if not os.fork():
+            try:
+                serve(request, os.getppid())
+            finally:
+                os._exit(0)
+        time.sleep(25)
+        os._exit(0)
+    try:
+        while len(files := list(tmp_path.glob("*.pid"))) < 2:
+            time.sleep(0.01)
+    finally:
+        os.kill(tests, signal.SIGKILL)
+        os.waitpid(tests, 0)
+    end = time.monotonic() + 5
+    while any(alive(int(file.read_text())) for file in files):
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -111,7 +111,13 @@ def _warm_up(module: str) -> None:
         gc.freeze()  # a child's garbage collector would else copy all that is there
 
 
-def _serve(request: dict[str, Any]) -> list[int | None]:
+def serve(request: dict[str, Any], asker: int) -> list[int | None]:
+    """Run what is asked for; its ranks end with the process that asks, too, however that ends.
+
+    Args:
+        request: as in `Zygote.run`.
+        asker: this process's parent, at first.
+    """
     _warm_up(request["target"].partition(":")[0])
     port = free_port()
     pids = []
@@ -127,7 +133,7 @@ def _serve(request: dict[str, Any]) -> list[int | None]:
         for pid in pids:
             if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[pid], ends[pid] = os.waitstatus_to_exitcode(found[1]), time.time()
-        if time.monotonic() > end:
+        if time.monotonic() > end or os.getppid() != asker:
             for pid in pids:
                 if pid not in codes:
                     os.kill(pid, signal.SIGKILL)
@@ -145,12 +151,13 @@ def main() -> None:
     """Answer requests until stdin closes."""
     import torch
 
+    asker = os.getppid()
     torch.set_num_threads(1)
     hide = Hide(LARGE)
     _warm_up("lightning_tspipe")
     hide.end()
     for line in sys.stdin:
-        print(json.dumps(_serve(json.loads(line))), flush=True)
+        print(json.dumps(serve(json.loads(line), asker)), flush=True)
 
 
 if __name__ == "__main__":
