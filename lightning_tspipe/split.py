@@ -11,7 +11,7 @@ Only what costs much is put off. The biases of matrix products, the parameters o
 embeddings), and those of autograd functions written in Python, which cannot leave anything out, get their gradients in
 the first part. A weight that several nodes use, as with several views, waits if none of them leads to another one.
 Where torch.compile has made a part of the graph, nothing is put off: that part is one node, and it may refuse to keep
-what the second part would need.
+what the second part would need. `WeightBackward.early` has the weights that cost much and could not wait.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_tspipe import _nodes
@@ -31,6 +32,7 @@ from lightning_tspipe import _nodes
 HEAVY = frozenset({"AddmmBackward0", "MmBackward0", "BmmBackward0", "BaddbmmBackward0", "ConvolutionBackward0"})
 SUMS = frozenset({"AddmmBackward0", "BaddbmmBackward0"})  # of these, the nodes whose first input is only added
 COMPILED = "CompiledFunctionBackward"  # the node of what torch.compile has made
+RECURRENT = "Rnn"  # in the names of the nodes that run through a sequence
 
 
 class _Step(Protocol):
@@ -134,10 +136,11 @@ class WeightBackward:
     Args:
         steps: of it.
         keeps_graph: whether the graph stays, with all that it has saved.
+        early: matrices that cost much and could not wait; their gradients are there.
     """
 
-    def __init__(self, steps: deque[_Step], keeps_graph: bool) -> None:
-        self._steps, self.keeps_graph = steps, keeps_graph
+    def __init__(self, steps: deque[_Step], keeps_graph: bool, early: Sequence[Tensor] = ()) -> None:
+        self._steps, self.keeps_graph, self.early = steps, keeps_graph, early
 
     @property
     def kept(self) -> list[Tensor]:
@@ -166,7 +169,7 @@ def backward_inputs(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inpu
     if not wanted:
         return WeightBackward(deque([_Whole(outputs, gradients)]), keeps_graph=True)
     graph = _Graph([output.grad_fn for output in outputs], wanted)
-    junctions, now = graph.junctions()
+    junctions, now, early = graph.junctions()
     # the graph stays only where a product has to be left to it: kept activations make the first part slower, since
     # its gradients then go to memory that is new to the process
     known = all(junction.is_known for junction in junctions)
@@ -179,7 +182,7 @@ def backward_inputs(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inpu
     torch.autograd.backward(outputs, gradients, inputs=[*asked, *now], retain_graph=not known)
     for handle in handles:
         handle.remove()
-    return WeightBackward(steps, keeps_graph=not known)
+    return WeightBackward(steps, keeps_graph=not known, early=early)
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
@@ -233,10 +236,11 @@ class _Graph:
             elif node not in self._leads:
                 self._leads[node] = True in map(self._leads.__getitem__, children)
 
-    def junctions(self) -> tuple[list[_Junction], list[Tensor]]:
-        """What can be put off, and the parameters that cannot."""
+    def junctions(self) -> tuple[list[_Junction], list[Tensor], list[Tensor]]:
+        """What can be put off; the parameters that cannot; and of these the matrices that cost much."""
         splits = all(node.name() != COMPILED for node in self._next)
         now: dict[int, Tensor] = {}
+        costly: dict[int, Tensor] = {}
         groups: dict[int, tuple[dict[Node, list[int]], dict[int, Tensor]]] = {}  # what shares parameters, by parameter
         for node, children in self._next.items():
             if not self._leads[node]:
@@ -244,10 +248,14 @@ class _Graph:
             slots = [slot for slot, child in enumerate(children) if child is not None and not self._leads[child]]
             if not slots:
                 continue
-            early = len(slots)
-            if splits and (name := node.name()) in HEAVY:
+            early, name = len(slots), node.name()
+            if splits and name in HEAVY:
                 early = int(slots[0] == 0 and name in SUMS)
-            now.update(self._parameters([children[slot] for slot in slots[:early]]))
+            at_once = self._parameters([children[slot] for slot in slots[:early]])
+            now.update(at_once)
+            in_one = name in HEAVY and not splits
+            if in_one or RECURRENT in name or isinstance(node, BackwardCFunction):
+                costly.update(at_once)
             nodes, reached = {node: slots[early:]}, self._parameters([children[slot] for slot in slots[early:]])
             for others, theirs in {id(groups[key]): groups[key] for key in reached if key in groups}.values():
                 nodes, reached = others | nodes, theirs | reached
@@ -266,7 +274,8 @@ class _Graph:
                 junctions.append(_Junction(nodes, list(reached.values())))
             else:
                 now.update(reached)
-        return junctions, list(now.values())
+                costly.update(reached)
+        return junctions, list(now.values()), [tensor for tensor in costly.values() if tensor.ndim > 1]
 
     def _parts(self) -> dict[Node, int]:
         """A number for each node that leads to an input, the same wherever there is a way from one to the other."""

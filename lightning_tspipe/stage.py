@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -82,6 +83,7 @@ class Stage:
         self._recompute, self._is_compiled = recompute is True, compile_options is not None
         self._selective = Selective()
         self._checked = False  # that no layer of the student changes its buffers
+        self._told = compile_options is not None  # what of a backward is not split; `check_compile` has said it then
         self._current: tuple[int, ...] = ()  # what the random numbers depend on
         names = {"student": [layer.name for layer in student], "teacher": [layer.name for layer in teacher]}
         self._names = names
@@ -165,8 +167,23 @@ class Stage:
         """The first part of `backward`, with the same arguments and results; `backward_weights` does the rest."""
         saved, outputs, given = self._take(work, gradients, in_parts=not self._first)
         if outputs:
-            self._weights[work] = split.backward_inputs(outputs, given, saved.inputs)
+            self._weights[work] = rest = split.backward_inputs(outputs, given, saved.inputs)
+            if rest.early and not self._told:
+                self._told = True
+                self._tell_of(rest.early)
         return _gradients(saved.inputs)
+
+    def _tell_of(self, early: Sequence[Tensor]) -> None:
+        """Warn that the backward of some layers is not split."""
+        found = {id(tensor) for tensor in early}
+        pairs = zip(self._names["student"], self._layers["student"], strict=True)
+        names = [name for name, layer in pairs if any(id(own) in found for own in layer.parameters())]
+        warnings.warn(
+            f"Stage {self._index} splits its backward, but not that of {', '.join(map(repr, names))}, or not all of "
+            f"it: autograd has the gradients of {len(early)} of the weights there only together with those of the "
+            "inputs. They are computed in the first part, which another rank waits for. The gradients are the same.",
+            stacklevel=2,
+        )
 
     def _take(
         self, work: Work, gradients: Sequence[Tensor | None], in_parts: bool = False

@@ -149,6 +149,19 @@ def test_both_parts_together_are_the_whole_backward(name: str) -> None:
         assert torch.equal(found[key], value), key
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("resnet18", set()), ("vit", set()), ("odd", {"first.weight"}), ("lstm", {"weight_ih_l0", "weight_hh_l0"})],
+)
+def test_weights_that_cannot_wait_are_told(name: str, expected: set[str]) -> None:
+    """Those that cost something: the scales and embeddings of the odd one do not."""
+    network, _, x = prepared(name)
+    output = network(x.requires_grad_())
+    output = output[0] if isinstance(output, tuple) else output
+    early = backward_inputs([output], [torch.ones_like(output)], [x]).early
+    assert {key for key, p in network.named_parameters() if any(p is one for one in early)} == expected
+
+
 def leaves_of(output: Tensor) -> list[Tensor]:
     """The input, which is the one leaf that is no parameter."""
     stack, seen = [output.grad_fn], set()
@@ -229,8 +242,9 @@ def test_views_that_use_a_weight_in_different_ways(other: str) -> None:
 def test_a_weight_that_leads_to_itself_does_not_wait() -> None:
     layer, x = nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
     output = layer(layer(x).tanh())
-    backward_inputs([output], [torch.ones_like(output)], [x])
+    rest = backward_inputs([output], [torch.ones_like(output)], [x])
     assert layer.weight.grad is not None
+    assert rest.early == [layer.weight]
 
 
 def test_a_function_in_python_runs_once() -> None:

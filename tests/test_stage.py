@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,6 +89,33 @@ def test_the_first_stage_gives_no_gradient_and_an_unused_input_gives_zeros() -> 
         return [gradient.tolist() for gradient in middle.backward((1, 0), [torch.ones_like(out)])]
 
     assert result_of(found) == [[2.0, 2.0], [0.0, 0.0, 0.0]]
+
+
+class Last(nn.Module):
+    """Of a recurrent layer the outputs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.lstm(x)[0]
+
+
+def test_layers_whose_backward_is_not_split_are_named_once() -> None:
+    def told() -> list[str]:
+        work = stage(linear(4, 3), Last(), nn.Tanh())
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for q in range(2):
+                (out,) = work.student_forward((1, q), [torch.ones(2, 4, dtype=torch.float64)])
+                work.backward_inputs((1, q), [torch.ones_like(out)])
+                work.backward_weights((1, q))
+        return [str(warning.message) for warning in found]
+
+    (text,) = result_of(told)
+    assert "Stage 1 splits its backward, but not that of '1', or not all of it" in text
+    assert "gradients of 1 of the weights" in text  # that of the inputs, a product of its own, can wait
 
 
 def test_the_teacher_keeps_no_graph() -> None:
