@@ -16,12 +16,18 @@ from lightning_tspipe.clock import clock
 from lightning_tspipe.orders import make_schedule
 from lightning_tspipe.rivals import periods
 from lightning_tspipe.schedule import Costs
-from tests.benchmarks import balance, report, scaling, suite
+from tests.benchmarks import __main__ as bench
+from tests.benchmarks import balance, real, report, rivals, scaling, suite
 from tests.benchmarks.measure import Measurement
+from tests.benchmarks.monitor import Cost
 from tests.benchmarks.ours import MESSAGE_S, PAPER
+from tests.benchmarks.overhead import NUM_STAGES, Overhead
+from tests.benchmarks.pairs import PAIRS
+from tests.benchmarks.planning import Plan
 from tests.benchmarks.problem import Problem
 from tests.benchmarks.results import Results
 from tests.benchmarks.scaling import FITTED, Overheads, checked, our_step, overheads, predictions, rival_steps
+from tests.benchmarks.split import NETWORKS, Split
 
 MORE = Overheads(action_s=1e-3, message_s=4e-4, step_s=5e-3)
 
@@ -81,13 +87,22 @@ def test_what_was_measured_is_compared_under_the_same_name() -> None:
         asdict(Measurement("tspipe", "P=8 M=24 afab", 3.9, 0.98, 0.0)),
         asdict(Measurement("1F1B, teacher fused", "P=8 M=24 afab", 5.1, 0.75, 0.0)),
         asdict(Measurement("1F1B, teacher pass first", "P=8 M=24 afab", 4.8, 0.80, 0.0)),
+        asdict(Measurement("Interleaved zero bubble, teacher fused", "P=8 M=24 afab", 4.4, 0.88, 0.0)),
         asdict(Measurement("tspipe", "a problem of another time", 1.0, 0.5, 0.0)),
     ]
     found = checked(runs, MORE)
-    assert [(one.contender, one.measured_s) for one in found] == [("tspipe", 3.9), ("1F1B, teacher fused", 5.1)]
+    measured = {one.contender: one.measured_s for one in found}
+    assert measured == {"tspipe": 3.9, "1F1B, teacher fused": 5.1, "1F1B, teacher pass first": 4.8}
     text = report.scaling([asdict(one) for one in (*found, *predictions(2, 4, MORE))])
     assert "| P=8 M=24 afab | tspipe | 3.9" in text
     assert "| 2 | 4 | " in text
+
+
+def test_every_rival_but_one_is_on_paper() -> None:
+    names = {scaling.ON_PAPER.get(name, name) for name in {**rivals.RIVALS, **rivals.WHOLE} if "pass first" not in name}
+    assert names - periods(Costs.uniform(4), 8).keys() == {"Interleaved zero bubble, teacher fused"}
+    first = {scaling.ON_PAPER[name] for name in scaling.ON_PAPER if "pass first" in name}
+    assert first <= periods(Costs.uniform(4), 8).keys()
 
 
 def test_a_large_problem_has_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +140,8 @@ def test_the_table_has_every_contender_and_its_best_number() -> None:
             ("tspipe", "P=8 M=8 t=3f zb", 0.98),
             ("tspipe", "P=8 M=64 afab", 0.97),
             ("ZBV", "P=8 M=64 afab", 0.95),
+            ("tspipe", "P=8 M=24 afab clipping", 0.99),
+            ("tspipe", "P=8 M=16 exact zb", 0.99),
         )
     ]
     text = report.emulated(runs)
@@ -188,3 +205,27 @@ def test_the_best_of_all_cuts(stages: int) -> None:
 
     pairs = itertools.product(every(7), every(9))
     assert balance.best(student, teacher, stages) == min(balance.slowest(student, teacher, pair) for pair in pairs)
+
+
+def test_every_goal_has_its_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A goal whose figure has another name would never be missed. All runs are in the file, so that none is made."""
+    results = Results(tmp_path / "full.json", full=True)
+    problems = [run for case in suite.full() for run in case.runs()]
+    results.keep("emulated", [Measurement(name, problem.name, 1.0, 0.9, 0.0) for name, problem in problems])
+    contenders = (bench.US, "DDP", "serial", *(f"M={count}" for count in real.RIVAL_MICROBATCHES))
+    pairs = [(pair, name) for pair in PAIRS for name in contenders]
+    results.keep("real", [real.Contest(pair, name, 1.0, 2.0, [3.0, 4.0]) for pair, name in pairs])
+    monkeypatch.setattr(real, "run_forked", lambda *_, **__: [0])
+    monkeypatch.setattr(scaling, "measure_overheads", lambda: MORE)
+    monkeypatch.setattr(scaling, "on_paper", lambda *_: [])
+    overheads = [
+        Overhead(name, f"P={count} M=24 afab", 1.0, 3.0) for count in NUM_STAGES for name in (bench.US, "GPipe, fused")
+    ]
+    monkeypatch.setattr(bench, "measure_overhead", lambda _: overheads)
+    monkeypatch.setattr(bench, "measure_balance", lambda _: [balance.Cut("a", 2, 1.0, 1.0, 1.0)])
+    monkeypatch.setattr(bench, "measure_monitor", lambda: [Cost("a", 1.0, 0.0, 0.0)])
+    monkeypatch.setattr(bench, "measure_planning", lambda: [Plan("a", "b", 64, 1.0, 1.0, "zb")])
+    monkeypatch.setattr(bench, "measure_split", lambda _: [Split(n.name, 1.0, 0.5, 0.5, 1.0) for n in NETWORKS])
+    figures = {name for measure in bench.KEPT.values() for name in measure(results)}
+    figures |= {name for measure in bench.WHOLE.values() for name in measure(True)[1]}
+    assert {goal.figure for goal in bench.GOALS} <= figures

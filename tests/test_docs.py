@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import textwrap
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from packaging.requirements import Requirement
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy
 from lightning_tspipe.cli import main
 from lightning_tspipe.teacher import teacher_version
+from tests.benchmarks.__main__ import options_of
 from tests.multiproc import result_of
 from tests.scripts.zygote import Zygote
 from tests.test_bad_input import REFUSED
@@ -91,6 +93,14 @@ def test_commands_exist(page: Path) -> None:
     assert named <= targets
     for path in re.findall(r"`((?:lightning_tspipe|tests|examples|docs)/[\w./]+)`", page.read_text()):
         assert (ROOT / path).exists(), path
+
+
+@pages
+def test_benchmark_commands_are_understood(page: Path) -> None:
+    text = page.read_text()
+    for pattern in (r"python -m tests\.benchmarks ([^`\n]*)", r'make bench(?:-full)? ARGS="([^"]*)"'):
+        for arguments in re.findall(pattern, text):
+            options_of(shlex.split(arguments))  # ends the process where it understands nothing
 
 
 @pages

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import mmap
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_tspipe.checkpoint import Shards
 from lightning_tspipe.measure import Meter
 from lightning_tspipe.memory import trim
 from lightning_tspipe.split import backward_inputs
+from tests.benchmarks.fit import peak_bytes
 from tests.multiproc import result_of
 from tests.scripts.small import network, trainer
 from tests.scripts.zygote import Zygote
@@ -247,3 +249,21 @@ def test_what_is_released_goes_back_to_the_system() -> None:
         return status("VmRSS") - before
 
     assert result_of(rest) <= 1.2 * OWN
+
+
+def test_the_benchmarks_count_no_pages_of_files(tmp_path: Path) -> None:
+    """Those of a library stay mapped; what is allocated and given back is in the peak."""
+    size = 64 * 2**20
+    (file := tmp_path / "library").write_bytes(bytes(size))
+
+    def peaks() -> tuple[int, int, int]:
+        before = peak_bytes()
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as library:
+            assert not sum(library[:: mmap.PAGESIZE])
+            mapped = peak_bytes()
+            torch.ones(size // 4).sum().item()
+            return before, mapped, peak_bytes()
+
+    before, mapped, allocated = result_of(peaks)
+    assert abs(mapped - before) < size / 8
+    assert 7 / 8 * size < allocated - mapped < 9 / 8 * size

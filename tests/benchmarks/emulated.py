@@ -34,7 +34,8 @@ class EmulatedLayer(nn.Linear):
 
     The multiplication is torch's own node, which leads to a wait for the input and to one for the weight, so whoever
     can split a backward splits this one. Where the input asks for no gradient, the weight's wait lasts as long as both:
-    else the first stage of all would have less work than the others.
+    else the first stage of all would have less work than the others. A stage whose actions last no time is the linear
+    layer alone, without the waits, which would take time of themselves.
 
     Args:
         width: Features in and out; the input has shape ``[rows, width]``.
@@ -49,6 +50,8 @@ class EmulatedLayer(nn.Linear):
         nn.init.orthogonal_(self.weight)  # a deep chain of them neither damps nor amplifies what passes through
 
     def forward(self, input: Tensor) -> Tensor:
+        if not (self.forward_s or self.inputs_s or self.weights_s):
+            return super().forward(input)
         end = time.perf_counter() + self.forward_s
         extra = 0.0 if input.requires_grad else self.inputs_s
         weight = _Slow.apply(self.weight, self.weights_s + extra)

@@ -5,6 +5,7 @@ import logging
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Fit:
 
     Attributes:
         step_s: Seconds of a steady step.
-        peak_bytes: Peak resident memory of every rank's process until the end of training, the set-up included.
+        peak_bytes: Peak memory (`peak_bytes`) of every rank's process until the end of training, the set-up included.
     """
 
     step_s: float
@@ -61,8 +62,20 @@ class Record(L.Callback):
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process so far; a forked process starts at what it inherits."""
-    return monitor.peak_bytes(torch.device("cpu"))
+    """Peak memory of this process so far, without pages of library files; a forked process starts at what it inherits.
+
+    Whoever imports a library has its pages, idle or not, and shares them with all others that did. Only a forked
+    process begins without, and would be charged for each page of them as it comes to use it.
+    """
+    return monitor.peak_bytes(torch.device("cpu")) - _file_bytes()
+
+
+def _file_bytes() -> int:
+    """Resident pages of files. Source: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html."""
+    with suppress(FileNotFoundError):  # on other systems than Linux
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssFile:"))
+    return 0
 
 
 def timed_fit(

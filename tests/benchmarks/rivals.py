@@ -48,8 +48,8 @@ class FusedStage(nn.Module):
         return self.student(student_input), teacher_output
 
 
-class Fused:
-    """A schedule whose stage forwards run both networks.
+class Placed:
+    """What has a schedule of torch's, and the layers where that wants them: one per rank, or two.
 
     Args:
         schedule: Its class.
@@ -66,6 +66,14 @@ class Fused:
             return [rank]
         return [rank, 2 * count - 1 - rank if self.make is ScheduleZBVZeroBubble else count + rank]
 
+    def schedule(self, stages: list[PipelineStage], problem: Problem, loss: Any) -> Any:
+        """It, with stages of this rank."""
+        return self.make(stages[0] if self.chunks == 1 else stages, problem.num_microbatches, loss_fn=loss)
+
+
+class Fused(Placed):
+    """A schedule whose stage forwards run both networks."""
+
     def __call__(self, problem: Problem, layers: dict[int, tuple[nn.Module, nn.Module]]) -> Rival:
         """What one rank runs.
 
@@ -74,7 +82,7 @@ class Fused:
             layers: This rank's of student and teacher, by place.
         """
         stages = [_stage(FusedStage(*pair), place, problem) for place, pair in layers.items()]
-        schedule = self.make(stages[0] if self.chunks == 1 else stages, problem.num_microbatches, loss_fn=_loss)
+        schedule = self.schedule(stages, problem, _loss)
         return _FusedStep(schedule, any(s.is_first for s in stages), any(s.is_last for s in stages))
 
 
@@ -93,44 +101,50 @@ def _loss(outputs: tuple[Tensor, Tensor], _target: Tensor) -> Tensor:
     return nn.functional.mse_loss(*outputs)
 
 
-class TwoPass:
+class TwoPass(Placed):
     """A forward-only pass of the teacher's pipeline, then the student's schedule with its output as the target.
 
     Args:
-        schedule: The student's.
+        schedule: The student's. The teacher always has one stage per rank, of as many layers as the student's two.
         serial: Whether nothing begins before what was before has ended on all ranks.
     """
 
-    chunks = 1
-
-    def __init__(self, schedule: type[PipelineScheduleSingle], serial: bool = False) -> None:
-        self.make: Any = schedule
+    def __init__(
+        self, schedule: type[PipelineScheduleSingle] | type[PipelineScheduleMulti], serial: bool = False
+    ) -> None:
+        super().__init__(schedule)
         self.serial = serial
-
-    def places(self, rank: int, problem: Problem) -> list[int]:
-        """Which layers a rank has."""
-        return [rank]
 
     def __call__(self, problem: Problem, layers: dict[int, tuple[nn.Module, nn.Module]]) -> Rival:
         """What one rank runs."""
-        [(place, (student, teacher))] = layers.items()
-        passes = ScheduleGPipe(_stage(teacher, place, problem), problem.num_microbatches)
-        stage = _stage(student, place, problem)
-        schedule = self.make(stage, problem.num_microbatches, loss_fn=nn.functional.mse_loss)
-        return _TwoPassStep(passes, schedule, stage.is_first, self.serial)
+        rank, count = dist.get_rank(), problem.num_stages
+        if self.chunks == 1:
+            [(_, teacher)] = layers.values()
+        else:
+            assert problem.momentum is None, "the teacher's layers are not where the student's are"
+            teacher = problem.networks()[0][self.chunks * rank : self.chunks * (rank + 1)]
+        passes = ScheduleGPipe(PipelineStage(teacher, rank, count, torch.device("cpu")), problem.num_microbatches)
+        stages = [_stage(student, place, problem) for place, (student, _) in layers.items()]
+        schedule = self.schedule(stages, problem, nn.functional.mse_loss)
+        return _TwoPassStep(passes, schedule, self.make is ScheduleZBVZeroBubble, self.serial)
 
 
 class _TwoPassStep:
-    def __init__(self, teacher: ScheduleGPipe, student: Any, first: bool, serial: bool) -> None:
-        self.teacher, self.student, self.first, self.serial = teacher, student, first, serial
+    def __init__(self, teacher: ScheduleGPipe, student: Any, up_again: bool, serial: bool) -> None:
+        self.teacher, self.student, self.up_again, self.serial = teacher, student, up_again, serial
 
     def step(self, batch: Tensor) -> None:
-        inputs = (batch,) if self.first else ()
+        rank, last = dist.get_rank(), dist.get_world_size() - 1
+        inputs = () if rank else (batch,)
         with torch.no_grad():
-            teacher_output = self.teacher.eval(*inputs)
+            target = self.teacher.eval(*inputs)
+        if self.up_again and rank == last:  # the student ends on the first rank
+            dist.send(target, 0)
+        elif self.up_again and not rank:
+            dist.recv(target := torch.empty_like(batch), last)
         if self.serial:
             dist.barrier()
-        self.student.step(*inputs, target=teacher_output, return_outputs=False)
+        self.student.step(*inputs, target=target, return_outputs=False)
         if self.serial:
             dist.barrier()
 
@@ -143,6 +157,9 @@ RIVALS: dict[str, Fused | TwoPass] = {
     "Interleaved 1F1B, teacher fused": Fused(ScheduleInterleaved1F1B),
     "Interleaved zero bubble, teacher fused": Fused(ScheduleInterleavedZeroBubble),
     "ZBV, teacher fused": Fused(ScheduleZBVZeroBubble),
+    "Interleaved 1F1B, teacher pass first": TwoPass(ScheduleInterleaved1F1B),
+    "Interleaved zero bubble, teacher pass first": TwoPass(ScheduleInterleavedZeroBubble),
+    "ZBV, teacher pass first": TwoPass(ScheduleZBVZeroBubble),
 }
 WHOLE: dict[str, Fused | TwoPass] = {  # one microbatch
     "serial model parallelism": TwoPass(ScheduleGPipe, serial=True),

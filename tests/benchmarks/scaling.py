@@ -24,6 +24,12 @@ MOST = 1000
 FITTED = (1, 4, 10)  # microbatches of the fits whose excess gives the overheads, on two stages
 STEADY = 5  # times P microbatches, from which on each further one adds as much to a rival's step
 TIMEOUT_S = 1800.0
+ON_PAPER = {  # how `lightning_tspipe/rivals.py` calls rivals of the emulated benchmark where that has other names
+    "Interleaved 1F1B, teacher fused": "interleaved 1F1B, teacher fused",
+    "GPipe, teacher pass first": "GPipe, teacher first",
+    "1F1B, teacher pass first": "1F1B, teacher first",
+    "pass-streaming model parallelism": "passes streamed",
+}
 ORDERS = {"afab": "afab", "afab-split": "afab-split", "zb": "zb", "exact zb": "zb"}
 
 
@@ -136,8 +142,9 @@ def checked(emulated: Iterable[Mapping[str, Any]], more: Overheads) -> list[Pred
             continue
         if run["contender"] == "tspipe":
             step_s: float | None = our_step(problem, more)
-        else:  # those with the same name run the same order
-            step_s = periods(with_overheads(problem.costs, more), problem.num_microbatches).get(run["contender"])
+        else:
+            name = ON_PAPER.get(run["contender"], run["contender"])
+            step_s = periods(with_overheads(problem.costs, more), problem.num_microbatches).get(name)
         if step_s is not None:
             found.append(_prediction(problem, run["contender"], step_s, more, run["step_s"]))
     return found
