@@ -223,7 +223,7 @@ def test_every_goal_has_its_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
     monkeypatch.setattr(bench, "measure_overhead", lambda _: overheads)
     monkeypatch.setattr(bench, "measure_balance", lambda _: [balance.Cut("a", 2, 1.0, 1.0, 1.0)])
-    monkeypatch.setattr(bench, "measure_monitor", lambda: [Cost("a", 1.0, 0.0, 0.0)])
+    monkeypatch.setattr(bench, "measure_monitor", lambda: [Cost("a", 1.0, 0.0, 0.0, 0.0)])
     monkeypatch.setattr(bench, "measure_planning", lambda: [Plan("a", "b", 64, 1.0, 1.0, "zb")])
     monkeypatch.setattr(bench, "measure_split", lambda _: [Split(n.name, 1.0, 0.5, 0.5, 1.0) for n in NETWORKS])
     figures = {name for measure in bench.KEPT.values() for name in measure(results)}

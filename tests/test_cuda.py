@@ -1,6 +1,7 @@
 """The same code path on GPUs: equality with the sequential twin, and no wait for the device in a steady step.
 
-The cases with the device "cpu" run everywhere: they show that these tests can pass, and fail, without a GPU too.
+The cases with the device "cpu" run everywhere: they show that these tests can pass, and that equality can fail, without
+a GPU too. Waits for the device, and memory that grows, are seen on a GPU only.
 """
 
 from __future__ import annotations

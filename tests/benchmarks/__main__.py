@@ -200,8 +200,11 @@ def split(full: bool) -> tuple[list[Split], Figures]:
 def monitor(_: bool) -> tuple[list[Cost], Figures]:
     """What watching costs."""
     costs = measure_monitor()
-    rows = [f"{c.problem} | {1e3 * c.step_s:.2f} | {1e3 * c.more_s:.2f} | {100 * c.share:.2f}" for c in costs]
-    print_table("zero-cost stages | ms per step | ms that a look adds | % of 50 steps", rows)
+    rows = [
+        f"{c.problem} | {1e3 * c.step_s:.2f} | {1e3 * c.more_s:.2f} | {1e6 * c.hook_s:.1f} | {100 * c.share:.2f}"
+        for c in costs
+    ]
+    print_table("zero-cost stages | ms per step | ms that a look adds | us of a hook | % of 50 steps", rows)
     return costs, {"monitor's share of a step": max(cost.share for cost in costs)}
 
 

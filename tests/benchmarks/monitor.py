@@ -33,27 +33,31 @@ class Cost:
         problem: The problem's name.
         step_s: Seconds of a step that is left alone, the median.
         more_s: Seconds that one look adds to the three steps that it touches: the median over all looks.
-        share: The same over the time of 50 steps, in which there is one look by default.
+        hook_s: Seconds of its hook after a step that is left alone, the median.
+        share: A look, and the hook after each of 50 steps, over their time; by default there is one look in them.
     """
 
     problem: str
     step_s: float
     more_s: float
+    hook_s: float
     share: float
 
 
 class Timed(PipelineMonitor):
-    """Notes when each step ended."""
+    """Notes when each step ended, and how long its own hook took."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(EVERY)
         self.folder = folder
-        self.ends: list[float] = []
+        self.ends: list[tuple[float, float]] = []
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        start = time.perf_counter()
         super().on_train_batch_end(trainer, *args)
-        self.ends.append(time.perf_counter())
+        end = time.perf_counter()
+        self.ends.append((end, end - start))
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -64,7 +68,8 @@ class Timed(PipelineMonitor):
 
 def measure_monitor() -> list[Cost]:
     """One fit."""
-    [ends] = run_forked(_train, 1, PROBLEM, timeout_s=PROBLEM.timeout_s)
+    [pairs] = run_forked(_train, 1, PROBLEM, timeout_s=PROBLEM.timeout_s)
+    ends, hooks = zip(*pairs, strict=True)
     steps = [0.0, 0.0, *(after - before for before, after in itertools.pairwise(ends))]  # by number, from 1
     looks = []
     for first in range(2 * EVERY, NUM_STEPS - EVERY, EVERY):
@@ -73,10 +78,11 @@ def measure_monitor() -> list[Cost]:
         looks.append((sum(touched), statistics.median(alone)))
     step_s = statistics.median(alone for _, alone in looks)
     more_s = statistics.median(touched - len(TOUCHED) * alone for touched, alone in looks)
-    return [Cost(PROBLEM.name, step_s, more_s, more_s / (DEFAULT * step_s))]
+    hook_s = statistics.median(hooks)
+    return [Cost(PROBLEM.name, step_s, more_s, hook_s, (more_s + DEFAULT * hook_s) / (DEFAULT * step_s))]
 
 
-def _train(_: int, problem: Problem) -> list[float]:
+def _train(_: int, problem: Problem) -> list[tuple[float, float]]:
     loader = DataLoader(TensorDataset(problem.samples()), batch_size=problem.num_microbatches * problem.rows)
     strategy = TSPipeStrategy(microbatches=problem.num_microbatches, balance="parameters", start_method="fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -86,5 +92,5 @@ def _train(_: int, problem: Problem) -> list[float]:
             enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10**9,
         )  # fmt: skip
         trainer.fit(EmulatedPair(problem), loader)
-        ends: list[float] = json.loads(Path(folder, "ends.json").read_text())
+        ends: list[tuple[float, float]] = json.loads(Path(folder, "ends.json").read_text())
     return ends
