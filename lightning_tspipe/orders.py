@@ -384,16 +384,17 @@ class _Search:
         """The policies of an order to try, the most promising first."""
         stages, count, limits = self.stages, self.teacher, self.limits(name)
         base = self.policy(name, self.in_flight)
-        split = base.split
         leads: tuple[int | None, ...] = (1, 0, stages, None)
         patiences: tuple[float, ...] = (0.0, 0.3, 1.0, 0.5)
         if self.lookahead:
-            leads = (1, None) if split else ()  # with a full backward nothing but lookahead fills the bubbles
+            leads = (1, None) if base.split else ()  # with a full backward nothing but lookahead fills the bubbles
             patiences = patiences[:1]
         for patience, lead, limit in itertools.product(patiences, leads, limits):
             yield name, replace(base, in_flight=limit, lead=lead, patience=patience)
         if self.lookahead:
-            stairs = unique([*staircases(count, self.actions, split=split), (count,) * stages])
+            stairs = unique([*staircases(count, self.actions, split=base.split), (count,) * stages])
             tight = min(self.in_flight[0], self.held[name][0]) < self.microbatches  # then a wait goes round all ranks
-            for ahead, limit, patience in itertools.product(stairs, limits, (0.0, 0.6)[: 1 + tight]):
+            waits = tight or (base.split and max(self.costs.t) <= max(self.costs.f))  # W is in its way
+            tries = list(itertools.product(stairs, limits, (0.0, 0.6)[: 1 + waits]))
+            for ahead, limit, patience in tries if tight else sorted(tries, key=lambda each: each[2]):
                 yield name, replace(base, in_flight=limit, ahead=ahead, patience=patience)

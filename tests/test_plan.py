@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_tspipe import plan
 from lightning_tspipe.arranging import Arrangement
-from lightning_tspipe.orders import Found, make_schedule
+from lightning_tspipe.orders import Found, make_schedule, minimal_microbatches
 from lightning_tspipe.partition import partition
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.plan import Planner, estimate_costs, fastest_count, most_in_memory
@@ -207,6 +207,25 @@ def test_the_fewest_microbatches_that_fill_the_bubbles() -> None:
     assert Planner(Costs.uniform(4), True, "batch").microbatches == 9
     # a hop of 2.9 + 2 wants two teacher forwards of 2.9
     assert Planner(Costs.uniform(4, t=2.9), True, "batch").microbatches == 6
+
+
+@pytest.mark.parametrize(
+    ("stages", "seconds", "least"),
+    [
+        (16, (3.8, 2.7, 2.7, 1.35), 0.98),
+        (14, (3.7, 2.1, 3.4, 1.6), 0.98),
+        (12, (0.275, 3.55, 0.391, 3.32), 0.98),
+        (12, (1.26, 2.23, 1.84, 2.02), 0.97),
+    ],
+    ids=["a long teacher's forward", "another one", "long W", "one that falls short"],
+)
+def test_near_the_bound_on_many_stages(stages: int, seconds: tuple[float, ...], least: float) -> None:
+    """With the teacher's microbatches that "auto" takes; with the student's own the first two are 3 % off."""
+    costs = Costs(*((each,) * stages for each in seconds), message=0.05)
+    planner = Planner(costs, True, "microbatch", split_backward=True)
+    count = minimal_microbatches(stages, costs, split=True, loss_over="microbatch") + 2
+    found = planner.search(count, planner.teacher_microbatches(count))
+    assert found.period <= found.bound / least
 
 
 def test_the_teacher_has_microbatches_of_its_own_where_that_pays() -> None:
