@@ -21,7 +21,7 @@ from torchvision.models.efficientnet import FusedMBConvConfig, MBConvConfig
 from torchvision.models.regnet import BlockParams
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from lightning_tspipe import tree
+from lightning_tspipe import split, tree
 from lightning_tspipe.arguments import run_network
 from lightning_tspipe.partition import partition
 from lightning_tspipe.trace import Segment, Traced
@@ -205,6 +205,41 @@ def backward(loss: Tensor, ends: list[tuple[list[Tensor], list[Tensor]]]) -> Non
         torch.autograd.backward(
             [out for out, grad in pairs if grad is not None], [grad for _, grad in pairs if grad is not None]
         )
+
+
+def backward_in_parts(loss: Tensor, ends: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+    """The same, but all stages compute the gradients of their inputs before any computes those of its weights."""
+    outputs, gradients = [loss], [torch.ones_like(loss)]
+    rests = []
+    for inputs, sent in reversed(ends):
+        if sent is not ends[-1][1]:
+            pairs = [(out, grad) for out, grad in zip(sent, gradients, strict=True) if out.requires_grad]
+            pairs = [(out, grad) for out, grad in pairs if grad is not None]
+            outputs, gradients = [out for out, _ in pairs], [grad for _, grad in pairs]
+        rests.append(split.backward_inputs(outputs, gradients, inputs))
+        gradients = [leaf.grad for leaf in inputs]
+    for rest in rests:
+        rest()
+
+
+def check_split(network: nn.Module, inputs: Callable[[int], Any], stages: int, rows: int = 3) -> list[str]:
+    """The parameters whose gradients a backward in parts does not give bit for bit, of a network in stages."""
+    torch.manual_seed(0)
+    batch = inputs(rows)
+    pieces = segments_of(network.train(), batch, stages)
+    found: list[list[Tensor | None]] = []
+    for way in (backward, backward_in_parts):
+        network.zero_grad()
+        torch.manual_seed(1)
+        output, ends = forward(pieces, copy.deepcopy(batch))
+        way(loss_of(output), ends)
+        found.append([parameter.grad for parameter in network.parameters()])
+    assert any(gradient is not None for gradient in found[0])
+    return [
+        name
+        for (name, _), one, other in zip(network.named_parameters(), *found, strict=True)
+        if not (one is other is None or (one is not None and other is not None and torch.equal(one, other)))
+    ]
 
 
 def loss_of(output: Any) -> Tensor:
