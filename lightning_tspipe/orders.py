@@ -394,7 +394,7 @@ class _Search:
         if self.lookahead:
             stairs = unique([*staircases(count, self.actions, split=base.split), (count,) * stages])
             tight = min(self.in_flight[0], self.held[name][0]) < self.microbatches  # then a wait goes round all ranks
-            waits = tight or (base.split and max(self.costs.t) <= max(self.costs.f))  # W is in its way
-            tries = list(itertools.product(stairs, limits, (0.0, 0.6)[: 1 + waits]))
+            waits = tight or (base.split and max(self.costs.t) <= max(self.costs.f))  # lest W be in the way
+            tries = itertools.product(stairs, limits, (0.0, 0.6)[: 1 + waits])
             for ahead, limit, patience in tries if tight else sorted(tries, key=lambda each: each[2]):
                 yield name, replace(base, in_flight=limit, ahead=ahead, patience=patience)

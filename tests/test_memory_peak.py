@@ -6,7 +6,6 @@ import ctypes
 import gc
 import json
 import mmap
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from lightning_tspipe.measure import Meter
 from lightning_tspipe.memory import trim
 from lightning_tspipe.split import backward_inputs
 from tests.benchmarks.fit import peak_bytes
+from tests.benchmarks.processes import status
 from tests.multiproc import result_of
 from tests.scripts.small import network, trainer
 from tests.scripts.zygote import Zygote
@@ -90,13 +90,6 @@ class Gauge(L.Callback):
         states = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
         memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in parameters + gradients + states}
         self.seen["live"] = sum(memory.values())
-
-
-def status(key: str) -> int:
-    """Bytes that this process holds now (VmRSS), or has held at once at most since `forget_peak` (VmHWM)."""
-    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])
 
 
 def forget_peak() -> None:

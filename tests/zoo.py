@@ -28,6 +28,7 @@ from lightning_tspipe.trace import Segment, Traced
 
 CLASSES = 3
 DOUBLE = torch.float64
+Ends = list[tuple[list[Tensor], list[Tensor]]]  # of each stage, what goes in and what comes out
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def segments_of(
     return stages_of
 
 
-def forward(stages: Sequence[nn.Module], value: Any) -> tuple[Any, list[tuple[list[Tensor], list[Tensor]]]]:
+def forward(stages: Sequence[nn.Module], value: Any) -> tuple[Any, Ends]:
     """Run the stages as processes would, which have no memory in common; the output, and each stage's ends."""
     ends = []
     for index, stage in enumerate(stages):
@@ -197,29 +198,26 @@ def forward(stages: Sequence[nn.Module], value: Any) -> tuple[Any, list[tuple[li
     return value, ends
 
 
-def backward(loss: Tensor, ends: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+def backward(loss: Tensor, ends: Ends) -> None:
     """The backward of `forward`, stage after stage."""
     loss.backward()
     for (_, outputs), (inputs, _) in zip(ends[-2::-1], ends[:0:-1], strict=True):
-        pairs = [(out, x.grad) for out, x in zip(outputs, inputs, strict=True) if out.requires_grad]
-        torch.autograd.backward(
-            [out for out, grad in pairs if grad is not None], [grad for _, grad in pairs if grad is not None]
-        )
+        torch.autograd.backward(*_sent_back(outputs, inputs))
 
 
-def backward_in_parts(loss: Tensor, ends: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+def backward_in_parts(loss: Tensor, ends: Ends) -> None:
     """The same, but all stages compute the gradients of their inputs before any computes those of its weights."""
-    outputs, gradients = [loss], [torch.ones_like(loss)]
-    rests = []
-    for inputs, sent in reversed(ends):
-        if sent is not ends[-1][1]:
-            pairs = [(out, grad) for out, grad in zip(sent, gradients, strict=True) if out.requires_grad]
-            pairs = [(out, grad) for out, grad in pairs if grad is not None]
-            outputs, gradients = [out for out, _ in pairs], [grad for _, grad in pairs]
-        rests.append(split.backward_inputs(outputs, gradients, inputs))
-        gradients = [leaf.grad for leaf in inputs]
+    rests = [split.backward_inputs([loss], [torch.ones_like(loss)], ends[-1][0])]
+    for (own, outputs), (inputs, _) in zip(ends[-2::-1], ends[:0:-1], strict=True):
+        rests.append(split.backward_inputs(*_sent_back(outputs, inputs), own))
     for rest in rests:
         rest()
+
+
+def _sent_back(outputs: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of a stage's outputs those that the next stage has a gradient for, and the gradients."""
+    pairs = [(out, x.grad) for out, x in zip(outputs, inputs, strict=True) if out.requires_grad]
+    return [out for out, grad in pairs if grad is not None], [grad for _, grad in pairs if grad is not None]
 
 
 def check_split(network: nn.Module, inputs: Callable[[int], Any], stages: int, rows: int = 3) -> list[str]:

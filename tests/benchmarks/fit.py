@@ -2,10 +2,10 @@
 
 import json
 import logging
+import sys
 import tempfile
 import time
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_tspipe import monitor
 from tests.benchmarks.measure import step_seconds
+from tests.benchmarks.processes import status
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,8 @@ def peak_bytes() -> int:
     Whoever imports a library has its pages, idle or not, and shares them with all others that did. Only a forked
     process begins without, and would be charged for each page of them as it comes to use it.
     """
-    return monitor.peak_bytes(torch.device("cpu")) - _file_bytes()
-
-
-def _file_bytes() -> int:
-    """Resident pages of files. Source: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html."""
-    with suppress(FileNotFoundError):  # on other systems than Linux
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssFile:"))
-    return 0
+    files = status("RssFile") if sys.platform == "linux" else 0
+    return monitor.peak_bytes(torch.device("cpu")) - files
 
 
 def timed_fit(

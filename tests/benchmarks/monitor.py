@@ -33,7 +33,7 @@ class Cost:
         problem: The problem's name.
         step_s: Seconds of a step that is left alone, the median.
         more_s: Seconds that one look adds to the three steps that it touches: the median over all looks.
-        hook_s: Seconds of its hook after a step that is left alone, the median.
+        hook_s: Seconds of its hook after a step, the median, which is of a step that is left alone.
         share: A look, and the hook after each of 50 steps, over their time; by default there is one look in them.
     """
 

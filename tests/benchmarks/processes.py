@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -87,6 +89,13 @@ def _child(function: Callable[..., Any], rank: int, args: tuple[Any, ...], conne
     except BaseException:
         outcome = (False, traceback.format_exc())
     connection.send(outcome)
+
+
+def status(key: str) -> int:
+    """Bytes of this process, by a line of https://man7.org/linux/man-pages/man5/proc_pid_status.5.html (Linux)."""
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def _num_threads() -> int:

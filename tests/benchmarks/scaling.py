@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_tspipe.clock import clock
 from lightning_tspipe.orders import find_schedule
-from lightning_tspipe.rivals import periods, serial
+from lightning_tspipe.rivals import periods, serial, ways
 from lightning_tspipe.schedule import Costs
 from tests.benchmarks import suite
 from tests.benchmarks.ours import MESSAGE_S, measure_ours
@@ -144,7 +144,8 @@ def checked(emulated: Iterable[Mapping[str, Any]], more: Overheads) -> list[Pred
             step_s: float | None = our_step(problem, more)
         else:
             name = ON_PAPER.get(run["contender"], run["contender"])
-            step_s = periods(with_overheads(problem.costs, more), problem.num_microbatches).get(name)
+            way = ways(with_overheads(problem.costs, more), problem.num_microbatches).get(name)
+            step_s = None if way is None else way()
         if step_s is not None:
             found.append(_prediction(problem, run["contender"], step_s, more, run["step_s"]))
     return found
