@@ -184,6 +184,7 @@ class Arrangement:
             post_ahead,
             split_backward=split,
             clipping=self._clips,
+            accumulation=self._trainer.accumulate_grad_batches,
             max_held=self._max_held(False),
             max_held_split=held_split,
         )

@@ -67,7 +67,7 @@ class PipelineTrainer(pl.Trainer):
         assert isinstance(model, TeacherStudentModule)
         placement, costs, count = dry_placement(self, model, datamodule, strategy.asked, TERA * tflops, on)
         say(f"Costs of {placement.rows} samples, counted at {tflops:g} TFLOP/s:\n{placement.table()}\n")
-        show(model, placement, costs, count, on, strategy.asked.teacher_microbatches)
+        show(model, placement, costs, count, on, strategy.asked.teacher_microbatches, self.accumulate_grad_batches)
 
     def trace(
         self,
@@ -124,7 +124,15 @@ class ShowPlan(pl.Callback):
         if machine.memory is None and device.type == "cuda":
             machine = replace(machine, memory=float(torch.cuda.get_device_properties(device).total_memory))
         say(f"Costs of {placement.rows} samples, as measured:\n{placement.table()}\n")
-        show(pl_module, placement, costs, placement.microbatches, machine, strategy.asked.teacher_microbatches)
+        show(
+            pl_module,
+            placement,
+            costs,
+            placement.microbatches,
+            machine,
+            strategy.asked.teacher_microbatches,
+            trainer.accumulate_grad_batches,
+        )
 
 
 def show(
@@ -134,6 +142,7 @@ def show(
     microbatches: int,
     on: Machine,
     teacher: int | Literal["auto"],
+    accumulation: int,
 ) -> None:
     """What every way to train would take, to the standard output.
 
@@ -144,6 +153,7 @@ def show(
         microbatches: per batch.
         on: what it runs on.
         teacher: microbatches of the teacher, as the user has asked for them.
+        accumulation: batches of an optimizer step.
     """
     scale = costs.f[0] / placement.f[0] if placement.f[0] else 1.0
     pair = Pair(
@@ -159,6 +169,7 @@ def show(
         # a teacher in train mode keeps the student's number (`Arrangement.teacher_microbatches`)
         teacher_microbatches=None if teacher == "auto" and module.teacher_mode == "train" else teacher,
         rows=round(scale * placement.rows * microbatches),
+        accumulation=accumulation,
     )
     say(report(pair, microbatches, on, prospects(pair, microbatches, on)))
 
@@ -179,6 +190,7 @@ def plan_costs(
     activations_mb: float = 0.0,
     bandwidth_gb_s: float | None = None,
     memory_gb: float | None = None,
+    accumulate_grad_batches: int = 1,
 ) -> None:
     """Show what every way to train a pair would take, from costs; with --config FILE instead, from a measurement.
 
@@ -199,11 +211,14 @@ def plan_costs(
         activations_mb: megabytes that all stages keep of one microbatch for its backward.
         bandwidth_gb_s: gigabytes per second that a rank can send to another, for DDP and FSDP.
         memory_gb: gigabytes that a rank has.
+        accumulate_grad_batches: batches of an optimizer step, within which an exact teacher may run a batch ahead.
 
     Raises:
         ValueError: a cost is negative, there are not as many as stages, or the numbers of microbatches do not fit each
             other.
     """
+    if accumulate_grad_batches < 1:
+        raise ValueError(f"accumulate_grad_batches={accumulate_grad_batches}: give at least 1")
     check_scalars(stages, 1 if microbatches == "auto" else microbatches, loss_over)
     teacher, forward, inputs, weights = (
         _column(name, cost, stages) for name, cost in zip("tfbw", (t, f, b, w), strict=True)
@@ -219,6 +234,7 @@ def plan_costs(
         weights=(MB * (4 * student_mb + teacher_mb) / stages,) * stages if known else (),
         held=(MB * activations_mb / stages,) * stages if known else (),
         teacher_microbatches=teacher_microbatches,
+        accumulation=accumulate_grad_batches,
     )
     count = minimal_microbatches(stages, costs, lookahead=pair.lookahead) if microbatches == "auto" else microbatches
     on = machine(bandwidth_gb_s, memory_gb)

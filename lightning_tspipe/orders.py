@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import ParamSpec
 
 from lightning_tspipe.ahead import afab_ahead, slower_messages, staircases, unique, vary
-from lightning_tspipe.clock import clock
+from lightning_tspipe.clock import Clock, clock
 from lightning_tspipe.floor import step_floor
 from lightning_tspipe.greedy import Policy, Rows, greedy_rows
 from lightning_tspipe.holes import filled, waves
@@ -219,13 +219,13 @@ class _Search:
 
     def run(self, names: Sequence[str]) -> Found:
         self.floor = min(map(self.floor_of, {name in SPLIT: name for name in names}.values()))
+        waits = self.costs.exchange is not None  # then the teacher can fill what lies behind the last backward, too
         self.plain(names)
-        if "afab" in names:
-            self.all_forward_first(75 if "afab-split" in names else 150)  # the first has more to try
+        if "afab" in names:  # others have more to try
+            self.all_forward_first(40 if waits else 75 if "afab-split" in names else 150)
         if not self.enough and self.lookahead:
             self.into_holes(names)
         if not self.enough:
-            waits = self.costs.exchange is not None  # then the teacher can fill what lies behind the last backward, too
             self.greedy([name for name in names if name != "afab" or waits])
         if self.best is None:
             raise ValueError("nothing keeps the bounds: allow more microbatches in flight or held")
@@ -265,11 +265,11 @@ class _Search:
         """Time the rows, and keep them if they are the best."""
         self.evaluations += 1
         schedule = self.schedule(rows)
-        period = clock(schedule, self.costs).period
+        period = (timed := Clock(schedule, self.costs))(self.costs).period
         worse = period > self.limit * (1 + 1e-9)
         if self.best is not None and (worse, 2 * period) > self.best.score[:2]:  # slower messages make it no better
             return worse, 2 * period, 0, 0
-        both = period + clock(schedule, self.slower).period
+        both = period + timed(self.slower).period
         if self.auto and name in SPLIT:
             both *= PAYS
         score = worse, float(f"{both:.9g}"), ORDERS.index(name), sum(schedule.ahead)

@@ -6,11 +6,12 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
+from lightning_tspipe.clock import clock
 from lightning_tspipe.layers import Layer
-from lightning_tspipe.orders import ORDERS, SPLIT, Found, find_schedule, minimal_microbatches
+from lightning_tspipe.orders import NEAR, ORDERS, SPLIT, Found, find_schedule, minimal_microbatches
 from lightning_tspipe.partition import Partition
 from lightning_tspipe.schedule import Costs, LossOver, Schedule, check_teacher_microbatches
 from lightning_tspipe.simulate import ReplayError, replay
@@ -80,6 +81,8 @@ class Planner:
         split_backward: whether "auto" may split the backward into I and W.
         clipping: whether all stages exchange a scalar before the optimizer step (clipping by norm, a loss scale).
         max_in_flight, max_held, max_held_split: per rank, bounds on student microbatches (`find_schedule`).
+        accumulation: batches of an optimizer step. A teacher that may not run a batch ahead may within these, and only
+            the last one's backward is followed by an exchange: what is planned is the mean batch.
 
     Raises:
         ScheduleError, ReplayError: a schedule that would not run; a bug of this library.
@@ -99,6 +102,7 @@ class Planner:
         max_in_flight: Sequence[int] | None = None,
         max_held: Sequence[int] | None = None,
         max_held_split: Sequence[int] | None = None,
+        accumulation: int = 1,
     ) -> None:
         stages = len(costs.t)
         if clipping and costs.exchange is None:  # the scalar goes up to rank 0 and down again
@@ -108,10 +112,13 @@ class Planner:
             "lookahead": lookahead, "loss_over": loss_over, "split_backward": split_backward,
             "max_in_flight": max_in_flight, "max_held": max_held, "max_held_split": max_held_split,
         }  # fmt: skip
-        self._order = schedule
-        self._find = cache(partial(find_schedule, stages, costs=costs, order=schedule, **self._arguments))
+        self._order, self.accumulation = schedule, accumulation
+        self._find: Callable[..., Found] = partial(
+            find_schedule, stages, costs=costs, order=schedule, **self._arguments
+        )
+        self._found: dict[tuple[int, int], Found] = {}
         self._replayed: set[tuple[int, int]] = set()
-        self._find(1)  # an order that the loss does not allow is an error here
+        self.search(1, 1)  # an order that the loss does not allow is an error here
         self._fewest = partial(
             minimal_microbatches,
             stages,
@@ -128,7 +135,8 @@ class Planner:
 
     def again(self, costs: Costs) -> Planner:
         """A planner with other costs, and all else the same, the number of microbatches too if it is chosen already."""
-        made = Planner(costs, schedule=self._order, post_ahead=self.post_ahead, **self._arguments)
+        own = {"accumulation": self.accumulation, **self._arguments}
+        made = Planner(costs, schedule=self._order, post_ahead=self.post_ahead, **own)
         if "microbatches" in vars(self):
             made.microbatches = self.microbatches
         return made
@@ -188,9 +196,34 @@ class Planner:
 
     def search(self, microbatches: int, teacher: int) -> Found:
         """What `find` gives, before it is replayed."""
-        if teacher == microbatches:
-            return self._find(microbatches)
-        return self._find(microbatches, teacher_microbatches=teacher)
+        if (microbatches, teacher) not in self._found:
+            self._found[microbatches, teacher] = self._search(microbatches, teacher)
+        return self._found[microbatches, teacher]
+
+    def seconds(self, schedule: Schedule) -> float:
+        """Of a batch with that schedule, on average."""
+        if self.accumulation == 1:
+            return clock(schedule, self.costs).period
+        two = 2 * clock(schedule, self.costs, steps=8, window=2, exact=not self.lookahead).period
+        steady = clock(schedule, replace(self.costs, exchange=None, optimizer=0.0)).period
+        return (two + (self.accumulation - 2) * steady) / self.accumulation
+
+    def _search(self, microbatches: int, teacher: int) -> Found:
+        """The best for the mean batch of an optimizer step."""
+        given: dict[str, Any] = {} if teacher == microbatches else {"teacher_microbatches": teacher}
+        found = self._find(microbatches, **given)
+        if self.accumulation == 1:
+            return found
+        found = self._mean(found)
+        if not self.lookahead and found.period > found.bound * NEAR:
+            ahead = self._mean(self._find(microbatches, **given, lookahead=True))
+            found = min(found, ahead, key=lambda each: each.period)
+        return found
+
+    def _mean(self, found: Found) -> Found:
+        """With what its schedule takes for the mean batch."""
+        bound = found.bound - self.costs.optimizer * (1 - 1 / self.accumulation)
+        return replace(found, period=self.seconds(found.schedule), bound=bound, floor=bound)
 
     def _share(self, microbatches: int, teacher: int | None = None) -> float:
         """The bound over the step; 0 where no order keeps the bounds on memory."""
@@ -206,12 +239,17 @@ class Planner:
         for post_ahead in (self.post_ahead, 8, 32):
             if self.post_ahead <= post_ahead < longest:
                 try:
-                    replay(made, steps=3, first_done=first_done, post_ahead=post_ahead)
+                    self._replay(made, first_done, post_ahead)
                 except ReplayError:
                     continue
                 return post_ahead
-        replay(made, steps=3, first_done=first_done, post_ahead=max(longest, self.post_ahead))
+        self._replay(made, first_done, max(longest, self.post_ahead))
         return max(longest, self.post_ahead)
+
+    def _replay(self, made: Schedule, first_done: int | Sequence[int], post_ahead: int) -> None:
+        replay(made, steps=3, first_done=first_done, post_ahead=post_ahead)
+        if not self.lookahead and any(made.ahead):  # within a window alone; a longer one has nothing else
+            replay(made, steps=6, first_done=first_done, post_ahead=post_ahead, window=min(self.accumulation, 3))
 
 
 def fastest_count(stages: int, first: int, of: Callable[[int], Planner], most: int) -> int:

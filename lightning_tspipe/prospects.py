@@ -44,6 +44,7 @@ class Pair:
         passed: bytes per stage that it takes with recomputation, while one at a time takes `held`; empty: without it.
         teacher_microbatches: per batch; "auto": as many as `Planner.teacher_microbatches` takes; None: as the student.
         rows: of a batch, for "auto".
+        accumulation: batches of an optimizer step; within these an exact teacher may run a batch ahead, too.
     """
 
     costs: Costs
@@ -57,6 +58,7 @@ class Pair:
     pending: tuple[float, ...] = ()
     teacher_microbatches: int | Literal["auto"] | None = None
     rows: float = math.inf
+    accumulation: int = 1
 
     @property
     def stages(self) -> int:
@@ -148,7 +150,7 @@ def prospects(pair: Pair, microbatches: int, machine: Machine) -> list[Prospect]
 
 def _plan(pair: Pair, loss: LossOver, order: str, microbatches: int, most: Sequence[int] | None = None) -> Found:
     """What a run with that order would do; raises ValueError where no more than so many microbatches may be held."""
-    planner = Planner(pair.costs, pair.lookahead, loss, order, max_held=most)
+    planner = Planner(pair.costs, pair.lookahead, loss, order, max_held=most, accumulation=pair.accumulation)
     teacher = pair.teacher_microbatches or microbatches
     if teacher == "auto":
         teacher = planner.teacher_microbatches(microbatches, pair.rows)

@@ -19,7 +19,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lightning_tspipe.clock import clock
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.runtime import Runtime
@@ -103,8 +102,8 @@ def measured(costs: Costs, ranks: Sequence[Seconds]) -> Costs:
 def better(planner: Planner, costs: Costs, microbatches: int, teacher: int | None = None) -> Planner | None:
     """A planner with these costs, if its schedule is the shorter one and can follow the old one's last step."""
     old = planner.schedule(microbatches, teacher)
-    before = clock(old, costs).period
     made = planner.again(costs)
+    before = made.seconds(old)
     found = made.find(microbatches, teacher)
     if found.period * GAIN > before:
         log.debug("The plan stays: %.4g s per step by measured times, %.4g s at best.", before, found.period)

@@ -165,7 +165,11 @@ class Schedule:
     @property
     def ahead(self) -> tuple[int, ...]:
         """For each rank how many teacher forwards of the next batch it makes in a step (s_k)."""
-        return tuple(sum(action.ahead and action.kind == "T" for action in row) for row in self.ranks)
+        return tuple(map(self.ahead_of, range(self.stages)))
+
+    def ahead_of(self, rank: int) -> int:
+        """`ahead` of one rank."""
+        return sum(action.ahead and action.kind == "T" for action in self.ranks[rank])
 
     def taught(self, microbatch: int) -> range:
         """The teacher's microbatches that the loss of one of the student's needs."""
@@ -309,7 +313,7 @@ def validate(
 
 def _row_faults(schedule: Schedule, rank: int, limit: int, hold: int) -> Iterator[tuple[int, int, str]]:
     """Rank, position and reason of each broken rule within a row."""
-    row, count, ahead = schedule.ranks[rank], schedule.microbatches, schedule.ahead[rank]
+    row, count, ahead = schedule.ranks[rank], schedule.microbatches, schedule.ahead_of(rank)
     pieces = schedule.teacher_microbatches
     gate = schedule.loss_over if rank == schedule.stages - 1 else None
     seen: set[Action] = set()
@@ -352,8 +356,8 @@ def _row_faults(schedule: Schedule, rank: int, limit: int, hold: int) -> Iterato
 
 def _edge_faults(schedule: Schedule, rank: int) -> Iterator[tuple[int, int, str]]:
     """Receiver, position and reason where a rank and the one above disagree on the order of their messages."""
-    above = schedule.ahead[rank - 1]
-    if schedule.ahead[rank] > above:
+    above = schedule.ahead_of(rank - 1)
+    if schedule.ahead_of(rank) > above:
         position = schedule.ranks[rank].index(Action("T", above, True))
         yield rank, position, f"rank {rank - 1} makes only {above} ahead, so this input comes a step later"
     for kinds, sender, receiver in (("F", rank - 1, rank), ("BI", rank, rank - 1)):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-from lightning_tspipe.clock import clock
+from lightning_tspipe.clock import clock, reaches_over
 from lightning_tspipe.schedule import Action, Costs, Kind, Op, Schedule, lower, peers, step_order, validate
 
 Edge = tuple[int, int, Kind]  # sender, receiver, and T, F or B; the gradient of an I travels with those of B
@@ -57,6 +57,7 @@ def replay(
     rendezvous: bool = True,
     post_ahead: int = 2,
     next_microbatches: int | None = None,
+    window: int | None = None,
 ) -> Replay:
     """Run the ops of all ranks over some steps, without time, and check every message.
 
@@ -70,6 +71,7 @@ def replay(
             runs only a step later and cannot post yet. False: sends never block.
         post_ahead: as in `schedule.lower`.
         next_microbatches: of the teacher in the batch after the last step, if their number differs.
+        window: batches of an optimizer step, each a step here, if nothing is done ahead over a window's end.
 
     Raises:
         ReplayError: a deadlock, a message without its counterpart, use before arrival or a wrong order.
@@ -83,15 +85,16 @@ def replay(
     if steps < 1:
         raise ValueError(f"steps is {steps}: give at least 1")
     following = teacher if next_microbatches is None else next_microbatches
-    run = _Run(schedule, rendezvous, done)
+    run, ahead = _Run(schedule, rendezvous, done), schedule.ahead
     for rank, row in enumerate(schedule.ranks):
         for step in range(steps):
-            order = step_order(row, schedule.ahead[rank] if step else done[rank])
-            coming = teacher if step < steps - 1 else following * last_has_next
+            has_come, goes_on = reaches_over(step, steps, window or steps)
+            order = step_order(row, ahead[rank] if has_come else 0 if step else done[rank])
+            coming = teacher * goes_on if step < steps - 1 else following * last_has_next
             ops = lower(order, rank, schedule.stages, post_ahead=post_ahead)
             run.programs[rank] += [(step, op) for op in ops if not op.action.ahead or op.action.microbatch < coming]
     run.to_the_end()
-    run.check_leftovers([min(s, following * last_has_next) for s in schedule.ahead])
+    run.check_leftovers([min(s, following * last_has_next) for s in ahead])
     messages = {edge: len(channel.sent) - channel.before for edge, channel in run.channels.items()}
     held = {edge: channel.held for edge, channel in run.channels.items() if channel.held}
     return Replay(messages, held, tuple(run.most_in_flight))
@@ -125,7 +128,7 @@ class _Run:
     """The state of all ranks in a replay."""
 
     def __init__(self, schedule: Schedule, rendezvous: bool, done: Sequence[int]) -> None:
-        self.schedule, self.rendezvous = schedule, rendezvous
+        self.schedule, self.rendezvous, self.ahead = schedule, rendezvous, schedule.ahead
         self.programs: list[list[tuple[int, Op]]] = [[] for _ in done]
         self.worked: list[set[tuple[Kind, int, int]]] = [{("T", 0, q) for q in range(s)} for s in done]
         self.most_in_flight = [0] * schedule.stages
@@ -170,7 +173,7 @@ class _Run:
             if channel.place.get(work, -1) >= len(channel.sent):
                 return "its message"
         if op.verb == "send" and self.rendezvous and (channel := self.channel(rank, op, False)) is not None:
-            crosses = action.ahead and action.microbatch >= self.schedule.ahead[rank + 1]
+            crosses = action.ahead and action.microbatch >= self.ahead[rank + 1]
             if len(channel.posted) <= len(channel.sent) and not crosses:
                 return "the receive to be posted"
         return None

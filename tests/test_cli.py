@@ -244,6 +244,7 @@ def test_trace_shows_what_every_rank_did_beside_the_plan(seen: tuple[Path, list[
         (["--stages", "2", "--t", "[1,2,3]"], "t has 3 costs for 2 stages"),
         (["--stages", "2", "--bandwidth_gb_s", "0"], "bandwidth_gb_s=0.0: give a positive number"),
         (["--stages", "0"], "stages is 0"),
+        (["--stages", "2", "--accumulate_grad_batches", "0"], "accumulate_grad_batches=0: give at least 1"),
         (["--stages", "2", "--microbatches", "0"], "microbatches is 0"),
         (["--stages", "2", "--microbatches", "4", "--teacher_microbatches", "3"], "teacher_microbatches is 3 for 4"),
     ],
@@ -274,6 +275,23 @@ def test_plan_from_costs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == shown[1]
     main(["plan", "--stages", "3", "--exact_teacher", "true"])
     assert capsys.readouterr().out.startswith("3 ranks, 6 microbatches")
+
+
+def test_plan_with_accumulation_as_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_tspipe.cli import main
+
+    page = (ROOT / "docs/schedule.md").read_text()
+    ((command, last),) = re.findall(r"`lightning-tspipe (plan .*--accumulate_grad_batches) (\d+)` and its like", page)
+    table = [[*map(str.strip, line.strip("| ").split("|"))] for line in page.splitlines() if line.startswith("| ")]
+    (counts,) = (row[1:] for row in table if row[0] == "batches per step")
+    assert last in counts
+    wanted = {row[0].split(",")[0].strip("`"): row[1:] for row in table if len(row) == len(counts) + 1}
+    for place, count in enumerate(counts):
+        main([*command.split(), count])
+        lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+        found = {cells[0].split("=")[1].strip(): cells[4].strip() for cells in lines if cells[0].startswith("tspipe,")}
+        for order in ('"afab"', '"afab-split"', '"zb"'):
+            assert wanted[order][place] == found[order], (order, count)
 
 
 def test_plan_needs_a_measurement(tmp_path: Path) -> None:

@@ -63,6 +63,20 @@ def test_with_an_exchange_no_rank_makes_its_optimizer_step_before_all_are_throug
     assert first.endswith(" W1@8 T0'@9 T1@13 F0@14 F1@15 I0@17 W0@18 I1@19 W1@20 T0'@21")
 
 
+def test_in_a_window_the_optimizer_steps_once_and_nothing_reaches_over_its_end() -> None:
+    costs = replace(Costs.uniform(2), optimizer=1, exchange=2)
+    times = clock(TWO, costs, steps=8, window=2, exact=True)
+    rows = [[" ".join(map(str, actions)) for actions in orders[2:4]] for orders in times.orders]
+    own = "T0 T1 F0 F1 B0 B1"
+    assert rows == [["T0 T1 F0 F1 T0' T1' B0 B1", "F0 F1 B0 B1"], [own, own]]
+    # 11 for the first batch; rank 0's last backward ends 9 after it, and 3 pass until both have stepped
+    assert [ends[:4] for ends in times.step_ends] == [[11, 23, 34, 46], [9, 23, 32, 46]]
+    assert times.period == 23 / 2
+    without = clock(TWO, costs, steps=8, window=2)
+    assert [" ".join(map(str, actions)) for actions in without.orders[0][3:5]] == ["F0 F1 T0' T1' B0 B1"] * 2
+    assert without.period < times.period
+
+
 def test_ranks_that_wait_for_each_other_have_no_period() -> None:
     crossed = Schedule.parse("""
         stages=2 microbatches=2 loss_over=batch

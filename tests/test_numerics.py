@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_tspipe import TeacherStudentModule, cosine_momentum
+from lightning_tspipe.schedule import LOSSES
 from tests import reference
 from tests.multiproc import TWIN, Fit, result_of, run_fits
 from tests.reference import Pair, Rule, Trace
@@ -472,6 +473,16 @@ def test_accumulation(accumulate: int) -> None:
     several.append(replace(several[1], make_student=batch_norms, loader=lambda: shuffled(34, 7)))
     several.append(case(several[1], delay_from_step=3))
     check(*(case(base, microbatches=2, accumulate=accumulate) for base in several))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_an_exact_teacher_ahead_within_a_window(stages: int) -> None:
+    """`test_runtime` shows that it is; three batches per step, of several sizes, with validations between."""
+    base = case(replace(EXACT, loader=lambda: shuffled(31, 7), epochs=2, validates=True), accumulate=3)
+    norms = replace(base, make_student=batch_norms, loader=lambda: shuffled(34, 7))
+    bases = [base, norms, replace(base, optimizer=adamw)]
+    bases += [replace(case(base, loss_over=over), strategy={"schedule": "zb"}) for over in LOSSES[1:]]
+    check(*(case(each, microbatches=3) for each in bases), case(base, microbatches=2, validate_every=2), stages=stages)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 3])

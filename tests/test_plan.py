@@ -9,16 +9,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lightning_tspipe import plan
 from lightning_tspipe.arranging import Arrangement
+from lightning_tspipe.clock import clock
 from lightning_tspipe.orders import Found, make_schedule, minimal_microbatches
 from lightning_tspipe.partition import partition
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.plan import Planner, estimate_costs, fastest_count, most_in_memory
-from lightning_tspipe.schedule import Costs, validate
+from lightning_tspipe.schedule import LOSSES, Costs, validate
 from lightning_tspipe.simulate import ReplayError, replay, timeline
+from tests.test_simulate import problems
 
 
 def network(*widths: int) -> nn.Sequential:
@@ -112,7 +116,7 @@ def test_a_split_backward_has_a_bound_of_its_own() -> None:
         vars(arrangement).update(
             _limit=limit, _schedule=schedule, _recompute=False, _microbatches=6, placement=placement,
             _module=SimpleNamespace(momentum=0.9, teacher_delay=0, delay_from_step=1, loss_over=loss_over),
-            _trainer=SimpleNamespace(gradient_clip_val=None, precision_plugin=None),
+            _trainer=SimpleNamespace(gradient_clip_val=None, precision_plugin=None, accumulate_grad_batches=1),
         )  # fmt: skip
         return Arrangement.planner(arrangement, None, 2, None)
 
@@ -194,6 +198,41 @@ def test_clipping_makes_ranks_wait_and_the_teacher_fills_that() -> None:
     # without teacher work behind the last backward, the ranks wait for rank 0 there
     blind = make_schedule(4, 12, costs)
     assert timeline(blind, planner.costs).period > 1.08 * found.period
+
+
+def test_within_an_accumulation_window_an_exact_teacher_runs_ahead() -> None:
+    """Its version is the same for all batches of an optimizer step, so its work fills bubbles there."""
+    costs = Costs.uniform(4)
+    share = {}
+    for accumulation in (1, 2, 4, 16):
+        found = Planner(costs, False, "batch", accumulation=accumulation).find(9)
+        assert any(found.schedule.ahead) == (accumulation > 1)
+        share[accumulation] = found.bound / found.period
+    assert share[1] == pytest.approx(0.8)
+    assert share[1] + 0.07 < share[2] < share[4] < share[16]
+    assert share[16] > 0.95
+    # bubble-free without: nothing is done ahead
+    assert not any(Planner(costs, False, "microbatch", "zb", accumulation=4).schedule(8).ahead)
+
+
+@given(problems(), st.integers(2, 5), st.sampled_from([None, 0.0, 2.0]), st.booleans(), st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_plan_for_several_batches_per_step(
+    problem: tuple[int, int, Costs], accumulation: int, exchange: float | None, lookahead: bool, data: st.DataObject
+) -> None:
+    """What is said of the mean batch is so in a long run, and it is no worse than as planned without accumulation."""
+    _, microbatches, costs = problem
+    costs = replace(costs, exchange=exchange, optimizer=data.draw(st.sampled_from([0.0, 1.0])))
+    split, loss_over = data.draw(st.booleans()), data.draw(st.sampled_from(LOSSES))
+    planner = Planner(costs, lookahead, loss_over, split_backward=split, accumulation=accumulation)
+    found = planner.find(microbatches)
+    ends = clock(found.schedule, costs, steps=8 * accumulation, window=accumulation, exact=not lookahead).step_ends
+    ends = [rank[accumulation - 1 :: accumulation] for rank in ends]
+    mean = max(rank[6] - rank[2] for rank in ends) / 4 / accumulation
+    assert found.period == pytest.approx(mean, rel=0.01)
+    assert found.bound <= mean * (1 + 1e-9)
+    plain = Planner(costs, lookahead, loss_over, split_backward=split).schedule(microbatches)
+    assert found.period <= planner.seconds(plain) * (1 + 1e-9)
 
 
 def test_what_fits_in_memory() -> None:

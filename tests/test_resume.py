@@ -159,11 +159,12 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any], but: tuple[str
         (12, (1, 5, 7), {"loader": Unsized}),
         (12, (2, 4, 6, 8), {"validate": True, "val_check_interval": 2}),
         (6, (2, 3, 4), {"accumulate_grad_batches": 2}),
+        (4, (1, 2, 3), {"accumulate_grad_batches": 3, "module": {"teacher_delay": 0}}),
         (10, (4, 6), {"limit_train_batches": 5}),
         (9, (5, 8), {"max_steps": 9}),
         (12, (8,), {"loader": Unsized, "plugins": None}),
     ],
-    ids=["plain", "no length", "validation", "accumulation", "limit", "max_steps", "scaler"],
+    ids=["plain", "no length", "validation", "accumulation", "exact", "limit", "max_steps", "scaler"],
 )
 def test_from_the_middle_of_an_epoch(tmp_path: Path, steps: int, starts: Any, options: dict[str, Any]) -> None:
     """Every value in the last file: weights, optimizer, scaler, scheduler, counters, callbacks, random states."""
@@ -243,10 +244,11 @@ class InTheWindow(L.Callback):
             trainer.save_checkpoint(self.file)
 
 
-def test_a_window_of_accumulation_that_is_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay", [1, 0])
+def test_a_window_of_accumulation_that_is_cut(tmp_path: Path, delay: int) -> None:
     """Its first gradients are in no checkpoint: the pipeline goes on as plain Lightning does, from either's file."""
     options: dict[str, Any] = {
-        "module": {"noise": False}, "loader": partial(Resumable, quiet=True), "microbatches": 1,
+        "module": {"noise": False, "teacher_delay": delay}, "loader": partial(Resumable, quiet=True), "microbatches": 1,
         "accumulate_grad_batches": 2,
     }  # fmt: skip
 

@@ -65,7 +65,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
     return found
 
 
-def steps_of(ran: Ran, stages: int, options: dict[str, Any]) -> list[list[tuple[Any, Ran]]]:
+def steps_of(ran: Ran, stages: int, options: dict[str, Any], **more: Any) -> list[list[tuple[Any, Ran]]]:
     """For each rank the plan and the actions of each step: two epochs of batches of 8, 8, 8 and 2 rows."""
 
     def note(trainer: Any) -> tuple[Any, Ran]:
@@ -73,7 +73,7 @@ def steps_of(ran: Ran, stages: int, options: dict[str, Any]) -> list[list[tuple[
         ran.clear()
         return step
 
-    trainer = {"max_epochs": 2, "callbacks": [Notes(note)]}
+    trainer = {"max_epochs": 2, "callbacks": [Notes(note)], **more}
     fit = Fit(lambda: Small(**options), lambda: loader(26, 8), stages, strategy=SHORT, trainer=trainer)
     return [seen["notes"] for seen in run_fits([fit], 40)[0]]
 
@@ -98,6 +98,17 @@ def test_every_rank_follows_its_plan(ran: Ran, stages: int, options: dict[str, A
             order = [a for a in step_order(plan.ranks[rank], done) if not a.ahead or a.microbatch < coming]
             assert actions == [(a.kind, number + a.ahead, a.microbatch) for a in order], (rank, number)
             done = sum(batch > number for _, batch, _ in actions)
+
+
+def test_an_exact_teacher_works_ahead_within_a_window_of_accumulation(ran: Ran) -> None:
+    ranks = steps_of(ran, 3, {"momentum": 0.9, "teacher_delay": 0}, accumulate_grad_batches=3)
+    for rank, steps in enumerate(ranks):
+        for number, (plan, actions) in enumerate(steps):
+            made = sum(batch > number for _, batch, _ in actions)
+            most = 2 if number % 4 == 2 else plan.microbatches  # of the next batch
+            # batches 0 to 2 are a step, and batch 3 another one
+            assert made == (min(plan.ahead[rank], most) if number % 4 < 2 else 0), (rank, number)
+        assert rank == 2 or steps[0][0].ahead[rank] > 0
 
 
 def test_the_order_of_two_epochs_in_full(ran: Ran) -> None:
