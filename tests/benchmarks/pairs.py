@@ -215,7 +215,7 @@ class Pair:
         inputs: So many samples.
         batch_size: Samples per step of the whole job.
         num_microbatches: Of a batch; too small ones make the operations themselves slower.
-        of_teacher: Its own number of microbatches, if that is another one.
+        of_teacher: Its own number of microbatches, if that is another one; with fewer its operations are faster.
         schedule: The order of the pipeline's work.
     """
 
@@ -231,6 +231,7 @@ PAIRS = {
     "resnet50 to resnet18": Pair(
         lambda: Distillation(flat(resnet50(num_classes=NUM_CLASSES)), flat(resnet18(num_classes=NUM_CLASSES))),
         num_microbatches=3,
+        of_teacher=1,
         schedule="1f1b",
     ),
     "ViT-S/8 to resnet18": Pair(
@@ -244,11 +245,11 @@ PAIRS = {
     "MoCo-v3 ViT-Ti/8": Pair(
         lambda: MoCo(nn.Sequential(*vit(192, head=False), head(192, 512, 128)), 128),
         batch_size=16,
-        num_microbatches=4,
-        of_teacher=2,
+        num_microbatches=3,
+        of_teacher=1,
         schedule="1f1b",
     ),
     "BERT-small (4 layers) to 3 layers": Pair(
-        lambda: Distillation(bert(4), bert(3)), tokens, 32, num_microbatches=5, schedule="1f1b"
+        lambda: Distillation(bert(4), bert(3)), tokens, 32, num_microbatches=4, of_teacher=2, schedule="1f1b"
     ),
 }
