@@ -21,7 +21,7 @@ from lightning_tspipe.example import Examples
 from lightning_tspipe.module import TeacherStudentModule, looks_ahead
 from lightning_tspipe.orders import SPLIT
 from lightning_tspipe.partition import Balance, Layers, Partition, chosen, explicit_cuts, find_layers
-from lightning_tspipe.placement import Placement
+from lightning_tspipe.placement import Placement, fits
 from lightning_tspipe.placing import Placer, check_same, fewest_in_flight, named, rows_of
 from lightning_tspipe.plan import Planner, estimate_costs, fastest_count, most_in_memory
 from lightning_tspipe.randomness import kept
@@ -112,7 +112,8 @@ class Arrangement:
         count = microbatches if isinstance(microbatches, int) else 3 * (stages - 1)
         sample, small = None, None
         if self._trainer.global_rank == 0:
-            sample, small = examples.sample(count), examples.sample(FEWER * count) if microbatches == "auto" else None
+            sizes = microbatches == "auto" or self._cuts_teacher  # what does not depend on the rows matters then
+            sample, small = examples.sample(count), examples.sample(FEWER * count) if sizes else None
             small = small if sample and small and 2 <= rows_of(small) < rows_of(sample) else None
         found: Placement | ValueError | None = None
         if self._topology.replica == 0:
@@ -206,9 +207,16 @@ class Arrangement:
             return int(resumed.get("teacher_microbatches") or microbatches)
         if self.placement.microbatches == microbatches and self.placement.teacher_microbatches is not None:
             return self.placement.teacher_microbatches
-        if not self._rows or self._module.teacher_mode == "train":
+        if not self._rows or not self._cuts_teacher:
             return microbatches
-        return planner.teacher_microbatches(microbatches, self._rows)
+        return planner.teacher_microbatches(
+            microbatches, self._rows, lambda made: fits(self.placement, made, self._limit)
+        )
+
+    @property
+    def _cuts_teacher(self) -> bool:
+        """Whether the teacher's microbatches are ours to choose."""
+        return self._teacher_microbatches == "auto" and self._module.teacher_mode == "eval"
 
     @property
     def _clips(self) -> bool:

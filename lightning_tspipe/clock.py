@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_tspipe.schedule import Action, Costs, Kind, Schedule, peers, step_order
 
@@ -138,6 +138,20 @@ class Clock:
                 free[rank], places[rank] = now, place
                 moved = moved or before != (len(started), step)
         return Times(self._orders, starts, ends, self._window)
+
+
+def of_teacher(costs: Costs, microbatches: int, teacher: int) -> Costs:
+    """The costs for a teacher with that many microbatches, each of which takes what is fixed.
+
+    Args:
+        costs: seconds per student microbatch.
+        microbatches: M.
+        teacher: how many the teacher has.
+    """
+    if teacher == microbatches or not costs.t_fixed:
+        return costs
+    each = costs.per_action(microbatches, teacher).t
+    return replace(costs, t=tuple(seconds * teacher / microbatches for seconds in each), t_fixed=())
 
 
 def reaches_over(step: int, steps: int, window: int) -> tuple[bool, bool]:

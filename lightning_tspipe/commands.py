@@ -170,6 +170,7 @@ def show(
         teacher_microbatches=None if teacher == "auto" and module.teacher_mode == "train" else teacher,
         rows=round(scale * placement.rows * microbatches),
         accumulation=accumulation,
+        teacher_held=tuple(scale * each for each in placement.teacher_held),
     )
     say(report(pair, microbatches, on, prospects(pair, microbatches, on)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_tspipe import split, tree
 from lightning_tspipe.comm import Comm
@@ -34,7 +37,8 @@ class LayerCost:
     Args:
         forward, inputs, weights: seconds of a forward, and of a backward for inputs and for weights, in one piece.
         first, rest: seconds of the two parts of a split backward.
-        held: bytes kept between forward and backward, parameters left out.
+        held: bytes kept between forward and backward, parameters left out; of a teacher's layer, what its forward takes
+            while it runs, input and output included.
         pending: bytes kept between the two parts of a split backward, those of a graph that stays left out.
         keeps_graph: whether it stays, which then holds `held` too.
         received, sent: bytes of what it takes and of what it gives.
@@ -106,8 +110,11 @@ class Meter:
                 start = self._now()
                 output = layer(value)
                 best = min(best, self._now() - start)
+            with Peak() as peak:
+                output = layer(own_input(layer, view))
+            held = peak.most + sum(leaf.nbytes for leaf in tree.flatten(view)[0])
             # a layer may give a view of its own buffer (BERT's positions), which would hold what is to be swapped back
-            return tree.map_tensors(output, torch.Tensor.detach), LayerCost(best)
+            return tree.map_tensors(output, torch.Tensor.detach), LayerCost(best, held=held)
 
         with torch.no_grad():
             return self._all(layer, run, tensors, views)
@@ -252,6 +259,40 @@ class Meter:
             best = min(best, self._now() - start)
             sends.retire(1)
         return best / 2
+
+
+class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts bytes of the tensors that are made within it.
+
+    Attributes:
+        most: the most of them that were there at a time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = self._now = 0
+        self._here: set[int] = set()  # memory that is counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = {storage._cdata for storage in _storages((args, kwargs))}  # noqa: SLF001
+        output = func(*args, **kwargs)
+        for storage in _storages(output):
+            place, size = storage._cdata, storage.nbytes()  # noqa: SLF001
+            if place not in before and place not in self._here:
+                self._here.add(place)
+                self._now += size
+                weakref.finalize(storage, self._gone, place, size)
+        self.most = max(self.most, self._now)
+        return output
+
+    def _gone(self, place: int, size: int) -> None:
+        self._here.discard(place)
+        self._now -= size
+
+
+def _storages(values: Any) -> list[Any]:
+    return [leaf.untyped_storage() for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _bytes(tensors: Iterable[Tensor], but: Iterable[Tensor]) -> int:

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_tspipe.clock import of_teacher
 from lightning_tspipe.runtime import Runtime
 from lightning_tspipe.stopwatch import Stopwatch
 from lightning_tspipe.strategy import TSPipeStrategy
@@ -141,7 +142,7 @@ class Recording:
         """What is logged, from what every rank has sent."""
         seconds = max(report[0] for report in reports)
         plan = self._runtime.planner.find(*self._microbatches)
-        costs = self._runtime.costs
+        costs = of_teacher(self._runtime.costs, *self._microbatches)
         work = [costs.work(stage, self._microbatches[0]) for stage in range(len(costs.t))]
         used = sum(report[1] for report in reports) / len(reports) / seconds
         found = {"utilization": used, "bubble": 1 - used, "step_s": seconds,

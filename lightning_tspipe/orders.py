@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import ParamSpec
 
 from lightning_tspipe.ahead import afab_ahead, slower_messages, staircases, unique, vary
-from lightning_tspipe.clock import Clock, clock
+from lightning_tspipe.clock import Clock, clock, of_teacher
 from lightning_tspipe.floor import step_floor
 from lightning_tspipe.greedy import Policy, Rows, greedy_rows
 from lightning_tspipe.holes import filled, waves
@@ -149,7 +149,7 @@ def find_schedule(
     check_scalars(stages, microbatches, loss_over, costs)
     teacher = microbatches if teacher_microbatches is None else teacher_microbatches
     check_teacher_microbatches(microbatches, teacher)
-    costs = costs or Costs.uniform(stages)
+    costs = of_teacher(costs or Costs.uniform(stages), microbatches, teacher)
     bounds = {"max_in_flight": max_in_flight, "max_held": max_held, "max_held_split": max_held_split}
     for name, bound in bounds.items():
         fits = bound is None or (len(bound) == stages and min(bound) >= 1)

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from lightning_tspipe.schedule import Costs
+from lightning_tspipe.schedule import Costs, Schedule
 from lightning_tspipe.table import table
 
 MIB = 2**20
@@ -36,6 +36,8 @@ class Placement:
         rows: samples of a microbatch in the measurement.
         microbatches, teacher_microbatches: per batch, of the student and of the teacher, if numbers were chosen.
         recompute: whether each backward begins with its forward again.
+        teacher_held: bytes per stage that a teacher's forward takes while it runs, with its input and output; empty:
+            not measured.
         fixed: what of the seconds of `TIMED`, column by column, a microbatch takes however few samples it has; empty:
             nothing, or not measured.
     """
@@ -59,6 +61,7 @@ class Placement:
     teacher_microbatches: int | None = None
     pending: tuple[float, ...] = ()
     fixed: tuple[tuple[float, ...], ...] = ()
+    teacher_held: tuple[float, ...] = ()
 
     @property
     def stages(self) -> int:
@@ -90,7 +93,9 @@ class Placement:
             rows: samples.
         """
         share = rows / self.rows
-        columns = {name: getattr(self, name) for name in (*TIMED, "messages", "held", "passed", "pending")}
+        columns = {
+            name: getattr(self, name) for name in (*TIMED, "messages", "held", "passed", "pending", "teacher_held")
+        }
         fixed = dict(zip(TIMED, self.fixed, strict=True)) if self.fixed else {}
         changed: dict[str, Any] = {
             name: tuple(
@@ -184,6 +189,66 @@ class Placement:
                 f"balance={str(path)!r} is no plan that can be read ({type(error).__name__}: {error}). Save one with "
                 "`trainer.strategy.placement.save(path)`."
             ) from error
+
+
+class Sizes(Protocol):
+    """Bytes per stage, as of `Placement`."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """At all times."""
+
+    @property
+    def held(self) -> tuple[float, ...]:
+        """Between a forward and its backward."""
+
+    @property
+    def passed(self) -> tuple[float, ...]:
+        """In and out of a stage."""
+
+    @property
+    def pending(self) -> tuple[float, ...]:
+        """Between the parts of a split backward."""
+
+    @property
+    def teacher_held(self) -> tuple[float, ...]:
+        """While a teacher's forward runs."""
+
+
+def peaks(sizes: Sizes, schedule: Schedule) -> list[float]:
+    """Bytes of each rank at its fullest moment, a teacher's forward left out.
+
+    Args:
+        sizes: of a student microbatch; with `passed` the student recomputes.
+        schedule: what is run.
+    """
+    found = []
+    for stage, row in enumerate(schedule.ranks):
+        whole = sizes.held[stage]
+        each = sizes.passed[stage] if sizes.passed else whole
+        late = sizes.pending[stage] if sizes.pending else whole
+        if sizes.passed and stage == 0:
+            late = each  # no first part: it runs again in the second
+        now = most = 0.0
+        for action in row:
+            again = sizes.passed and action.kind in ("BW" if stage == 0 else "BI")
+            most = max(most, now + whole if again else now)
+            now += {"F": each, "I": late - each, "B": -each, "W": -late}.get(action.kind, 0.0)
+            most = max(most, now)
+        found.append(sizes.weights[stage] + most)
+    return found
+
+
+def fits(sizes: Sizes, schedule: Schedule, limit: float) -> bool:
+    """Whether the teacher's forwards have room in so many bytes per rank beside all else, by what was measured.
+
+    Forwards as large as the student's are in the share of memory that no plan fills.
+    """
+    larger = schedule.microbatches / schedule.teacher_microbatches
+    if limit == math.inf or larger <= 1:
+        return True
+    pairs = zip(peaks(sizes, schedule), sizes.teacher_held, strict=True) if sizes.teacher_held else ()
+    return bool(sizes.teacher_held) and all(most + larger * each <= limit for most, each in pairs)
 
 
 def _range(names: Sequence[str]) -> str:

@@ -303,6 +303,7 @@ def _placement(
         weights=of_both(lambda chain: chain.weights),
         held=sums([cost.held for cost in student], stages[0]),
         passed=passed,
+        teacher_held=tuple(float(max((cost.held for cost in teacher[of]), default=0)) for of in stages[1]),
         pending=tuple(_pending(student[of], stage == 0) for stage, of in enumerate(stages[0])),
     )
 

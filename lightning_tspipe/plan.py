@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
-from lightning_tspipe.clock import clock
+from lightning_tspipe.clock import clock, of_teacher
 from lightning_tspipe.layers import Layer
 from lightning_tspipe.orders import NEAR, ORDERS, SPLIT, Found, find_schedule, minimal_microbatches
 from lightning_tspipe.partition import Partition
@@ -18,6 +18,7 @@ from lightning_tspipe.simulate import ReplayError, replay
 
 SCHEDULES = ORDERS
 SHARES = (0.25, 0.5, 0.75, 1.5, 2)  # of the microbatches that fill the bubbles, to try in their place
+ENOUGH = 0.99  # of a step is as long
 LARGE = 4096  # stages x microbatches of the teacher, up to which a search takes about a second
 
 
@@ -168,24 +169,36 @@ class Planner:
         """The schedule for batches of that many microbatches, of the student and of the teacher."""
         return self.find(microbatches, teacher).schedule
 
-    def teacher_microbatches(self, microbatches: int, most: float = math.inf) -> int:
-        """How many the teacher should have for M of the student: M, or 2 M or 4 M if that makes the step 1 % shorter.
+    def teacher_microbatches(
+        self, microbatches: int, most: float = math.inf, fits: Callable[[Schedule], bool] = lambda _: True
+    ) -> int:
+        """How many the teacher should have for M of the student, if that makes the step 1 % shorter: else M.
 
-        They are tried where a teacher forward takes longer than the student's, so that it is a coarse thing to fill
-        holes with, and where M is 1 % off the bound; large problems are left out, for the time that it takes. Fewer
-        than M fill no hole that M does not.
+        2 M or 4 M, where a teacher forward takes longer than the student's, so that it is a coarse thing to fill holes
+        with, and where M is 1 % off the bound. Fewer, where a part of a forward's time does not depend on its rows: a
+        half, a third or a quarter of M, whatever divides it, or one. Large problems are left out, for the time that it
+        takes.
 
         Args:
             microbatches: M.
             most: rows of a batch, which cannot be cut into more.
+            fits: whether larger ones leave what they need of the memory.
         """
-        best, share = microbatches, self._share(microbatches)
-        most = min(most, LARGE / len(self.costs.t))
-        for count in (2 * microbatches, 4 * microbatches):
-            if max(self.costs.t) > max(self.costs.f) and share < 0.99 and count <= most:
-                found = self._share(microbatches, count)
-                best, share = (count, found) if found > 1.01 * share else (best, share)
-        return best
+        best, size = self.search(microbatches, microbatches), len(self.costs.t)
+        if not best.period or size * microbatches > LARGE:
+            return microbatches
+        most = min(most, LARGE / size)
+        counts = [count for count in (2 * microbatches, 4 * microbatches) if count <= most]
+        if max(self.costs.t) <= max(self.costs.f) or best.bound / best.period >= ENOUGH:
+            counts = []
+        fewer = [microbatches // by for by in (2, 3, 4, microbatches) if by > 1 and microbatches % by == 0]
+        for count in [*counts, *dict.fromkeys(fewer if any(self.costs.t_fixed) else ())]:
+            costs = of_teacher(self.costs, microbatches, count)
+            if max(costs.work(k, microbatches) for k in range(size)) < ENOUGH * best.period:
+                found = self.search(microbatches, count)
+                if found.period < ENOUGH * best.period and fits(found.schedule):
+                    best = found
+        return best.schedule.teacher_microbatches
 
     def _best(self, numbers: Iterable[int]) -> int:
         tries = sorted(set(numbers))

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lightning_tspipe.clock import of_teacher
 from lightning_tspipe.orders import ORDERS, SPLIT, Found, minimal_microbatches
+from lightning_tspipe.placement import fits, peaks
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.rivals import ways
-from lightning_tspipe.schedule import Action, Costs, LossOver, check_teacher_microbatches
+from lightning_tspipe.schedule import Costs, LossOver, check_teacher_microbatches
 from lightning_tspipe.table import table
 
 GB = 1e9
@@ -45,6 +47,7 @@ class Pair:
         teacher_microbatches: per batch; "auto": as many as `Planner.teacher_microbatches` takes; None: as the student.
         rows: of a batch, for "auto".
         accumulation: batches of an optimizer step; within these an exact teacher may run a batch ahead, too.
+        teacher_held: bytes per stage that a teacher's forward of as many rows takes; empty: not known.
     """
 
     costs: Costs
@@ -59,6 +62,7 @@ class Pair:
     teacher_microbatches: int | Literal["auto"] | None = None
     rows: float = math.inf
     accumulation: int = 1
+    teacher_held: tuple[float, ...] = ()
 
     @property
     def stages(self) -> int:
@@ -133,27 +137,28 @@ def prospects(pair: Pair, microbatches: int, machine: Machine) -> list[Prospect]
         any_loss = order.startswith("afab")
         loss: LossOver = "batch" if any_loss else "microbatch" if pair.loss_over == "batch" else pair.loss_over
         try:
-            made = _plan(pair, loss, order, microbatches, _most(pair, machine, order in SPLIT))
+            made = _plan(pair, machine, loss, order, microbatches, _most(pair, machine, order in SPLIT))
         except ValueError:  # it does not fit
-            made = _plan(pair, loss, order, microbatches)
-        peak = _fullest(pair, made.schedule.ranks)
+            made = _plan(pair, machine, loss, order, microbatches)
+        peak = max(peaks(pair, made.schedule)) if pair.weights and pair.held else None
         teacher = made.schedule.teacher_microbatches
-        found.append(
-            Prospect(
-                f'tspipe, schedule="{order}"', made.period, mean / made.period, peak, any_loss, True, teacher=teacher
-            )
-        )
+        own = of_teacher(costs, microbatches, teacher)
+        used = sum(own.work(stage, microbatches) - costs.optimizer for stage in range(stages)) / stages / made.period
+        found.append(Prospect(f'tspipe, schedule="{order}"', made.period, used, peak, any_loss, True, teacher=teacher))
     now = [_rival(name, run(), pair, microbatches, microbatches) for name, run in ways(costs, microbatches).items()]
     larger = _larger(pair, microbatches, machine, {one.name: one.seconds for one in now})
     return [*found, *now, *larger, *_data_parallel(pair, microbatches, machine, mean)]
 
 
-def _plan(pair: Pair, loss: LossOver, order: str, microbatches: int, most: Sequence[int] | None = None) -> Found:
+def _plan(
+    pair: Pair, machine: Machine, loss: LossOver, order: str, microbatches: int, most: Sequence[int] | None = None
+) -> Found:
     """What a run with that order would do; raises ValueError where no more than so many microbatches may be held."""
     planner = Planner(pair.costs, pair.lookahead, loss, order, max_held=most, accumulation=pair.accumulation)
     teacher = pair.teacher_microbatches or microbatches
     if teacher == "auto":
-        teacher = planner.teacher_microbatches(microbatches, pair.rows)
+        limit = math.inf if machine.memory is None or not pair.weights or not pair.held else machine.memory
+        teacher = planner.teacher_microbatches(microbatches, pair.rows, lambda made: fits(pair, made, limit))
     return planner.search(microbatches, teacher)
 
 
@@ -203,27 +208,6 @@ def _peak(pair: Pair, held: Sequence[float], split: bool) -> float | None:
         return None
     fixed, each = _memory(pair, split)
     return max(there + n * more for there, n, more in zip(fixed, held, each, strict=True))
-
-
-def _fullest(pair: Pair, rows: Sequence[Sequence[Action]]) -> float | None:
-    """Bytes of the fullest rank at its fullest moment, for one of our orders; None: not known."""
-    if not pair.weights or not pair.held:
-        return None
-    peaks = []
-    for stage, row in enumerate(rows):
-        whole = pair.held[stage]
-        each = pair.passed[stage] if pair.passed else whole
-        late = pair.pending[stage] if pair.pending else whole
-        if pair.passed and stage == 0:
-            late = each  # no first part: it runs again in the second
-        now = most = 0.0
-        for action in row:
-            again = pair.passed and action.kind in ("BW" if stage == 0 else "BI")
-            most = max(most, now + whole if again else now)
-            now += {"F": each, "I": late - each, "B": -each, "W": -late}.get(action.kind, 0.0)
-            most = max(most, now)
-        peaks.append(pair.weights[stage] + most)
-    return max(peaks)
 
 
 def _most(pair: Pair, machine: Machine, split: bool) -> list[int] | None:

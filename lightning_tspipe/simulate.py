@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-from lightning_tspipe.clock import clock, reaches_over
+from lightning_tspipe.clock import clock, of_teacher, reaches_over
 from lightning_tspipe.schedule import Action, Costs, Kind, Op, Schedule, lower, peers, step_order, validate
 
 Edge = tuple[int, int, Kind]  # sender, receiver, and T, F or B; the gradient of an I travels with those of B
@@ -312,7 +312,8 @@ def timeline(schedule: Schedule, costs: Costs, *, steps: int = 6) -> Timeline:
         )
         for rank, program in enumerate(programs)
     )
-    work = [costs.work(stage, schedule.microbatches) for stage in range(schedule.stages)]
+    given = of_teacher(costs, schedule.microbatches, schedule.teacher_microbatches)
+    work = [given.work(stage, schedule.microbatches) for stage in range(schedule.stages)]
     return Timeline(
         spans=spans,
         step_ends=tuple(map(tuple, times.step_ends)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from lightning_tspipe import TeacherStudentModule, TSPipeStrategy, measure
 from lightning_tspipe.balance import Chain, joint_cut
-from lightning_tspipe.measure import LayerCost, MessageCost, Meter, fastest
+from lightning_tspipe.measure import LayerCost, MessageCost, Meter, Peak, fastest
 from lightning_tspipe.partition import find_layers
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.placing import chain_of, check_same
@@ -136,8 +137,23 @@ def test_weights_without_memory_are_measured() -> None:
     views, cost = Meter(torch.device("cpu")).teacher(layer, tensors, [torch.randn(3, 4), torch.randn(2, 4)])
     assert [len(view) for view in views] == [3, 2]
     assert cost.forward > 0
-    assert cost.inputs == cost.weights == cost.held == cost.trained == 0
+    assert cost.inputs == cost.weights == cost.trained == 0
+    # per row the input, and what the two layers give; per view the mean and the deviation of the batch, of 4 channels
+    assert cost.held == 5 * 3 * 4 * 4 + 2 * 2 * 4 * 4
     assert all(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
+
+
+def test_a_forward_takes_what_it_makes_and_has_not_let_go_of() -> None:
+    layer = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), nn.Flatten(), nn.ReLU(inplace=True))
+    value = torch.randn(3, 4)
+    with torch.no_grad(), Peak() as peak:
+        output = layer(value)
+        assert peak.most == 2 * 3 * 8 * 4  # a linear layer's output and the function's
+        value = layer[0](value)
+        assert peak.most == 2 * 3 * 8 * 4
+        output = layer[0](torch.randn(6, 4))
+        assert peak.most == (3 * 2 + 3 * 8 + 6 * 4 + 6 * 8) * 4  # the first `output` goes only when it is replaced
+        del output, value
 
 
 def test_each_layers_fastest_pass_over_all_counts() -> None:
@@ -259,14 +275,14 @@ class Steady(nn.Linear):
 class AllSteady(Uneven):
     """Networks of such layers."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.student, self.teacher = (nn.Sequential(Steady(), Steady()) for _ in range(2))
 
 
-def one_batch() -> DataLoader[Any]:
-    """Of 24 rows."""
-    return DataLoader(TensorDataset(torch.randn(24, 4)), batch_size=24)
+def one_batch(rows: int = 24) -> DataLoader[Any]:
+    """All rows at once."""
+    return DataLoader(TensorDataset(torch.randn(rows, 4)), batch_size=rows)
 
 
 def test_a_fit_measures_at_two_sizes(tmp_path: Path) -> None:
@@ -277,6 +293,22 @@ def test_a_fit_measures_at_two_sizes(tmp_path: Path) -> None:
     assert found.microbatches == 2
     assert found.rows == 12
     assert min(found.fixed[0]) >= LONG / 4
+
+
+def test_the_teacher_has_fewer_microbatches_if_each_takes_a_fixed_time(tmp_path: Path) -> None:
+    """Where all passes last as long with any rows, four forwards of it fill the bubbles; in mode train it keeps the
+    student's eight."""
+    for mode, count in (("eval", 4), ("train", 8)):
+        fit = Fit(
+            partial(AllSteady, teacher_mode=mode), partial(one_batch, 96), 2, 8, strategy={"balance": "auto"},
+            trainer={"callbacks": [Shown(tmp_path)], "max_steps": 1},
+        )  # fmt: skip
+        run_fits([fit])
+        found = Placement.load(tmp_path / "0.json")
+        assert (found.microbatches, found.teacher_microbatches) == (8, count)
+        assert bool(found.fixed) == (mode == "eval")
+        assert min(found.teacher_held) > 0
+        assert f"teacher_microbatches={count}" in (tmp_path / "0.plan").read_text() or count == 8
 
 
 def follow(rank: int, out: Path, plan: Placement, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from lightning_tspipe.arranging import Arrangement
 from lightning_tspipe.clock import clock
 from lightning_tspipe.orders import Found, make_schedule, minimal_microbatches
 from lightning_tspipe.partition import partition
-from lightning_tspipe.placement import Placement
+from lightning_tspipe.placement import Placement, fits, peaks
 from lightning_tspipe.plan import Planner, estimate_costs, fastest_count, most_in_memory
 from lightning_tspipe.schedule import LOSSES, Costs, validate
 from lightning_tspipe.simulate import ReplayError, replay, timeline
@@ -233,6 +233,39 @@ def test_a_plan_for_several_batches_per_step(
     assert found.bound <= mean * (1 + 1e-9)
     plain = Planner(costs, lookahead, loss_over, split_backward=split).schedule(microbatches)
     assert found.period <= planner.seconds(plain) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_fewer_microbatches_of_the_teacher_where_each_takes_a_fixed_time(stages: int) -> None:
+    costs = replace(Costs.uniform(stages, t=3), t_fixed=(1.5,) * stages)
+    planner = Planner(costs, True, "batch")
+    assert planner.teacher_microbatches(12) < 12
+    best = planner.find(12, planner.teacher_microbatches(12))
+    assert best.period == clock(best.schedule, costs).period < 0.95 * planner.find(12).period
+    # its work is what its forwards take: so many fixed times, and of the rest as much as before
+    assert best.bound == pytest.approx(12 * (1.5 + 3) + 1.5 * best.schedule.teacher_microbatches)
+    assert best.bound <= best.period
+    assert timeline(best.schedule, costs).utilization == pytest.approx(best.bound / best.period)
+    for count in (1, 2, 3, 4, 6):  # none of the others is 1 % better
+        assert planner.find(12, count).period > 0.99 * best.period
+    assert planner.teacher_microbatches(12, fits=lambda made: made.teacher_microbatches >= 6) == 6
+    assert planner.teacher_microbatches(12, fits=lambda _: False) == 12
+    assert Planner(replace(costs, t_fixed=()), True, "batch").teacher_microbatches(12) >= 12
+
+
+def test_larger_microbatches_of_the_teacher_need_room() -> None:
+    ones = (1.0,) * 2
+    names = ("0",), ("1",)
+    sizes = Placement(names, names, ones, ones, ones, ones, weights=(100.0, 50.0), held=(10.0, 20.0),
+                      teacher_held=(7.0, 30.0))  # fmt: skip
+    schedule = make_schedule(2, 4, order="afab", teacher_microbatches=2)
+    assert peaks(sizes, schedule) == [140, 130]
+    assert fits(sizes, schedule, 190)  # 130 + 2 * 30
+    assert not fits(sizes, schedule, 189)
+    assert fits(sizes, make_schedule(2, 4, order="afab"), 0)  # no larger ones
+    assert not fits(replace(sizes, teacher_held=()), schedule, 1000)  # nobody knows
+    assert fits(replace(sizes, teacher_held=()), schedule, inf)
+    assert sizes.teacher_held == replace(sizes, rows=2).of_rows(1).of_rows(2).teacher_held == (7, 30)
 
 
 def test_what_fits_in_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,7 +108,8 @@ def test_what_is_taken_if_nobody_says() -> None:
         saved = {"microbatches": changed.pop("saved", None), "teacher_microbatches": changed.pop("of_teacher", None)}
         asked = {"_teacher_microbatches": changed.pop("asked", "auto"), "_rows": changed.pop("rows", 32)}
         module = SimpleNamespace(teacher_mode=changed.pop("mode", "eval"))
-        arrangement: Any = SimpleNamespace(_module=module, placement=SimpleNamespace(**saved), **asked)
+        arrangement: Any = object.__new__(Arrangement)
+        vars(arrangement).update(_module=module, _limit=inf, placement=SimpleNamespace(**saved), **asked)
         return Arrangement.teacher_microbatches(arrangement, planner, 4, resumed or {})
 
     planner = Planner(Costs.uniform(4, t=3), True, "batch", split_backward=True)
