@@ -206,6 +206,37 @@ def test_nccl_never_waits_for_the_device(zygote: Zygote, tmp_path: Path, device:
     run(zygote, tmp_path / "pipe", ["cuda:0", "cuda:1"], "nccl", unsynchronised=module)
 
 
+def profiled(rank: int, out: Path) -> None:
+    """Trains on two GPUs; of this rank's kernels the stream, whether it is NCCL's, and the microseconds."""
+    module = Pair()
+    module.student = nn.Sequential(module.student[:2], Slow(), module.student[2:], Slow())
+    module.teacher = nn.Sequential(module.teacher[:2], Slow(), module.teacher[2:], Slow())
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    strategy = TSPipeStrategy(microbatches=4, parallel_devices=devices, balance="parameters")
+    options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(strategy=strategy, max_steps=4, logger=False, enable_checkpointing=False, **options)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        trainer.fit(module, batches())
+        torch.cuda.synchronize()
+    kernels = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    (out / f"{rank}.json").write_text(json.dumps([
+        (event.device_resource_id, "nccl" in event.name.lower(), event.time_range.start, event.time_range.end)
+        for event in kernels
+    ]))  # fmt: skip
+
+
+@pytest.mark.parametrize("device", [on("cuda", 2)])
+def test_messages_travel_beside_the_work(zygote: Zygote, tmp_path: Path, device: str) -> None:
+    """NCCL has streams of its own, and its kernels run while others do."""
+    codes = zygote.run("tests.test_cuda:profiled", 2, tmp_path, deadline=90)
+    assert codes == [0, 0], "\n".join((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    for rank in range(2):
+        kernels = json.loads((tmp_path / f"{rank}.json").read_text())
+        messages, work = ([kernel for kernel in kernels if kernel[1] == is_nccl] for is_nccl in (True, False))
+        assert not {stream for stream, *_ in messages} & {stream for stream, *_ in work}
+        assert any(a < end and start < b for _, _, a, b in messages for _, _, start, end in work)
+
+
 class Slow(nn.Module):
     """Keeps its stream busy, and notes when."""
 

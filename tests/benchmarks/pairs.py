@@ -231,7 +231,7 @@ PAIRS = {
     "resnet50 to resnet18": Pair(
         lambda: Distillation(flat(resnet50(num_classes=NUM_CLASSES)), flat(resnet18(num_classes=NUM_CLASSES))),
         num_microbatches=3,
-        of_teacher=1,
+        of_teacher=3,
         schedule="1f1b",
     ),
     "ViT-S/8 to resnet18": Pair(
