@@ -231,12 +231,13 @@ PAIRS = {
     "resnet50 to resnet18": Pair(
         lambda: Distillation(flat(resnet50(num_classes=NUM_CLASSES)), flat(resnet18(num_classes=NUM_CLASSES))),
         num_microbatches=3,
-        of_teacher=3,
+        of_teacher=1,
         schedule="1f1b",
     ),
     "ViT-S/8 to resnet18": Pair(
         lambda: Distillation(vit(384), flat(resnet18(num_classes=NUM_CLASSES))),
         num_microbatches=4,
+        of_teacher=4,
         schedule="1f1b",
     ),
     "BYOL resnet18": Pair(
