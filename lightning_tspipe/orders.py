@@ -387,14 +387,14 @@ class _Search:
         leads: tuple[int | None, ...] = (1, 0, stages, None)
         patiences: tuple[float, ...] = (0.0, 0.3, 1.0, 0.5)
         if self.lookahead:
-            leads = (1, None) if base.split else ()  # with a full backward nothing but lookahead fills the bubbles
-            patiences = patiences[:1]
+            leads, patiences = (1, None) if base.split else (), patiences[:1]  # else lookahead alone fills bubbles
         for patience, lead, limit in itertools.product(patiences, leads, limits):
             yield name, replace(base, in_flight=limit, lead=lead, patience=patience)
         if self.lookahead:
             stairs = unique([*staircases(count, self.actions, split=base.split), (count,) * stages])
-            tight = min(self.in_flight[0], self.held[name][0]) < self.microbatches  # then a wait goes round all ranks
+            tight = not self.holds_all(name)  # then a wait goes round all ranks
             waits = tight or (base.split and max(self.costs.t) <= max(self.costs.f))  # lest W be in the way
-            tries = itertools.product(stairs, limits, (0.0, 0.6)[: 1 + waits])
-            for ahead, limit, patience in tries if tight else sorted(tries, key=lambda each: each[2]):
-                yield name, replace(base, in_flight=limit, ahead=ahead, patience=patience)
+            tries = [*itertools.product((None,), stairs, limits, (0.0, 0.6)[: 1 + waits])]
+            more = itertools.product((1, 2), stairs, limits[-1:], (0.3,)) if tight and base.split else ()
+            for lead, ahead, limit, patience in [*(tries if tight else sorted(tries, key=lambda each: each[3])), *more]:
+                yield name, replace(base, in_flight=limit, ahead=ahead, lead=lead, patience=patience)
