@@ -65,7 +65,7 @@ def measure_real(full: bool, known: Container[str] = ()) -> Iterator[Contest]:
             for count in RIVAL_MICROBATCHES:
                 contenders[f"1F1B, teacher fused, M={count}"] = partial(_pipeline, pair, sizes, count)
         rounds: dict[str, list[Fit]] = {name: [] for name in contenders}
-        for number in range(NUM_ROUNDS):
+        for number in range(NUM_ROUNDS if full else RIVAL_ROUNDS):
             for name, run in contenders.items():
                 if number < RIVAL_ROUNDS or name in CLOSE:
                     rounds[name].append(run())
