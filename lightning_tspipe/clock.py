@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_tspipe.schedule import Action, Costs, Kind, Schedule, peers, step_order
+from lightning_tspipe.schedule import KINDS, Action, Costs, Kind, Schedule, peers, step_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,6 @@ class Times:
         low += self.window - 1
         return max((ends[high] - ends[low]) / (high - low) for ends in self.step_ends)
 
-
-KINDS: tuple[Kind, ...] = ("T", "F", "B", "I", "W")
 
 _Ends = tuple[list[float] | None, list[float] | None, float]  # where an action's input and result are, seconds
 _Compiled = tuple[list[float] | None, list[float] | None, int, float]  # input, result, place in both, seconds

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lightning_tspipe.schedule import Costs, Kind, LossOver
+from lightning_tspipe.schedule import KINDS, Costs, Kind, LossOver
 
 Node = tuple[Kind, int, int]  # kind, rank, and the how manieth of its kind on the rank
 Job = tuple[float, float, float]  # head, seconds, tail
@@ -93,8 +93,7 @@ class _Step:
         self.back: Kind = "I" if self.split else "B"
         self.done: Kind = "W" if self.split else "B"
         self.every = range(len(self.costs.t))
-        kinds: tuple[Kind, ...] = ("T", "F", "B", "I", "W")
-        self.seconds = {(kind, k): self.costs.seconds(kind, k) for kind in kinds for k in self.every}
+        self.seconds = {(kind, k): self.costs.seconds(kind, k) for kind in KINDS for k in self.every}
         self.rest = self.costs.optimizer + (self.costs.exchange or 0.0)
 
     def needs(self) -> Iterator[tuple[Node, list[tuple[Node, float]]]]:

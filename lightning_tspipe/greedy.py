@@ -17,7 +17,7 @@ import heapq
 import math
 from dataclasses import dataclass
 
-from lightning_tspipe.schedule import Action, Costs, Kind, LossOver
+from lightning_tspipe.schedule import KINDS, Action, Costs, Kind, LossOver
 
 Rows = tuple[tuple[Action, ...], ...]
 
@@ -100,7 +100,7 @@ class _Rank:
         self.stage, self.policy, self.count, self.teacher, self.steps = stage, policy, microbatches, teacher, steps
         self.first, self.last = stage == 0, stage == len(costs.t) - 1
         self.in_flight, self.held, self.ahead = policy.in_flight[stage], policy.held[stage], policy.ahead[stage]
-        self.seconds: dict[Kind, float] = {kind: costs.seconds(kind, stage) for kind in ("T", "F", "B", "I", "W")}
+        self.seconds: dict[Kind, float] = {kind: costs.seconds(kind, stage) for kind in KINDS}
         self.back: Kind = "I" if policy.split else "B"
         self.optimizer = costs.optimizer
         self.done: dict[Kind, int] = {"T": self.ahead, "F": 0, "B": 0, "W": 0}

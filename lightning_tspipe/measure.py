@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_tspipe import split, tree
 from lightning_tspipe.comm import Comm
 from lightning_tspipe.memory import made_up, swap
-from lightning_tspipe.recording import unchanged
+from lightning_tspipe.recording import memory_of, unchanged
 from lightning_tspipe.selective import noting, selectively
 from lightning_tspipe.stage import own_input
 
@@ -274,25 +273,20 @@ class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._here: set[int] = set()  # memory that is counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        before = {storage._cdata for storage in _storages((args, kwargs))}  # noqa: SLF001
-        output = func(*args, **kwargs)
-        for storage in _storages(output):
-            place, size = storage._cdata, storage.nbytes()  # noqa: SLF001
-            if place not in before and place not in self._here:
+        output = func(*args, **(kwargs or {}))
+        given = {memory_of(tensor) for tensor in tree.flatten([args, kwargs])[0]}
+        for tensor in tree.flatten([output])[0]:
+            place, storage = memory_of(tensor), tensor.untyped_storage()
+            if place not in given and place not in self._here:
                 self._here.add(place)
-                self._now += size
-                weakref.finalize(storage, self._gone, place, size)
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._gone, place, storage.nbytes())
         self.most = max(self.most, self._now)
         return output
 
     def _gone(self, place: int, size: int) -> None:
         self._here.discard(place)
         self._now -= size
-
-
-def _storages(values: Any) -> list[Any]:
-    return [leaf.untyped_storage() for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _bytes(tensors: Iterable[Tensor], but: Iterable[Tensor]) -> int:

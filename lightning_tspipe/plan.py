@@ -188,11 +188,11 @@ class Planner:
         if not best.period or size * microbatches > LARGE:
             return microbatches
         most = min(most, LARGE / size)
-        counts = [count for count in (2 * microbatches, 4 * microbatches) if count <= most]
-        if max(self.costs.t) <= max(self.costs.f) or best.bound / best.period >= ENOUGH:
-            counts = []
-        fewer = [microbatches // by for by in (2, 3, 4, microbatches) if by > 1 and microbatches % by == 0]
-        for count in [*counts, *dict.fromkeys(fewer if any(self.costs.t_fixed) else ())]:
+        coarse = max(self.costs.t) > max(self.costs.f) and best.bound / best.period < ENOUGH
+        more = [count for count in (2 * microbatches, 4 * microbatches) if coarse and count <= most]
+        shares = (2, 3, 4, microbatches) if any(self.costs.t_fixed) else ()
+        fewer = [microbatches // by for by in shares if by > 1 and microbatches % by == 0]
+        for count in dict.fromkeys([*more, *fewer]):
             costs = of_teacher(self.costs, microbatches, count)
             if max(costs.work(k, microbatches) for k in range(size)) < ENOUGH * best.period:
                 found = self.search(microbatches, count)

@@ -24,6 +24,7 @@ from typing import Any, Literal, cast, get_args
 Kind = Literal["T", "F", "B", "I", "W"]
 LossOver = Literal["batch", "microbatch", "student_microbatch"]
 
+KINDS: tuple[Kind, ...] = get_args(Kind)
 LOSSES = get_args(LossOver)
 
 
