@@ -12,13 +12,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_tspipe.schedule import Costs
 
 Ahead = tuple[int, ...]
+Item = TypeVar("Item")
 SIZE = 160_000  # stages x microbatches x tries in a search: less than a second
 FEWEST = 16  # tries, for a large problem
 
@@ -134,3 +135,8 @@ def afab_period(microbatches: int, costs: Costs, ahead: Sequence[int], teacher_m
 def unique(items: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The items without repetitions, in their order."""
     return list(dict.fromkeys(items))
+
+
+def in_turn(*sources: Iterator[Item]) -> Iterator[Item]:
+    """One item of each in turn, none of them None, until all have ended."""
+    return (item for row in itertools.zip_longest(*sources) for item in row if item is not None)

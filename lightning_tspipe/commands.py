@@ -16,9 +16,9 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_tspipe.dryplan import dry_placement
+from lightning_tspipe.floor import minimal_microbatches
 from lightning_tspipe.module import TeacherStudentModule, looks_ahead
 from lightning_tspipe.monitor import strategy_of
-from lightning_tspipe.orders import minimal_microbatches
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.prospects import GB, Machine, Pair, prospects, report
 from lightning_tspipe.schedule import Costs, LossOver, check_scalars

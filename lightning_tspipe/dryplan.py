@@ -11,10 +11,10 @@ from lightning_tspipe import _lightning
 from lightning_tspipe.counting import CPU, counted
 from lightning_tspipe.data import check_rows
 from lightning_tspipe.example import Examples
+from lightning_tspipe.floor import minimal_microbatches
 from lightning_tspipe.measure import MessageCost
 from lightning_tspipe.memory import without_memory
 from lightning_tspipe.module import TeacherStudentModule, looks_ahead
-from lightning_tspipe.orders import minimal_microbatches
 from lightning_tspipe.partition import find_layers
 from lightning_tspipe.placement import Placement
 from lightning_tspipe.placing import Cutter, fewest_in_flight

@@ -1,4 +1,4 @@
-"""Seconds that no schedule's step goes below: its work, and the waits that no order avoids.
+"""What no step goes below, its work and the waits that no order avoids; and the microbatches that fill its bubble.
 
 A step of rank 0 begins with its first action and ends with its optimizer step. In between, the n-th action of a kind on
 a rank, whichever microbatch it is of, starts when the n-th one that sends to it has ended, and those that make room for
@@ -20,7 +20,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lightning_tspipe.schedule import KINDS, Costs, Kind, LossOver
+from lightning_tspipe.schedule import KINDS, Costs, Kind, LossOver, check_scalars
+
+NEARLY = 1e-9  # of rounding
 
 Node = tuple[Kind, int, int]  # kind, rank, and the how manieth of its kind on the rank
 Job = tuple[float, float, float]  # head, seconds, tail
@@ -51,6 +53,42 @@ def step_floor(
     least = [costs.work(stage, microbatches, split) for stage in step.every]
     least += [max(one_machine(jobs), step.of_its_own(k), step.of_both(k)) for k, jobs in enumerate(step.jobs())]
     return max(least)
+
+
+def minimal_microbatches(
+    stages: int, costs: Costs, *, lookahead: bool = True, split: bool = False, loss_over: LossOver = "batch"
+) -> int:
+    """The fewest microbatches with which the work that may be moved fills the bubble of the student's pipeline.
+
+    Each cost is the largest over the stages, a message is one of T's, F's or B's. A teacher forward cannot be divided
+    and goes from rank to rank as the student's does, so a hop takes h = max(t, f), and per hop it fills whole ones::
+
+        delayed or frozen teacher, full backward                    M >= (P-1) ceil((h + b + w) / t)
+        the same, split backward, loss over the batch               M >= (P-1) ceil((h + b) / t)
+        the same, split backward, loss per microbatch               M (t + w) >= (P-1)(h + b) + w
+        exact teacher (no lookahead), split, loss per microbatch    M w       >= (P-1)(h + b) + w
+
+    The last two also need M (t + f) >= (P-1)(h + b) + t + f, since rank 0 has no other work before its first gradient
+    comes. Where the stages differ, what fills is the least that the student's work leaves of the busiest rank's time
+    instead of t. At least `stages`, and 1 for one stage. Where nothing may fill the bubble, or what may costs nothing,
+    no M suffices: 2 P is a compromise there (for unit costs the bubble is then less than a third of the step).
+    """
+    check_scalars(stages, 1, loss_over, costs)
+    if stages == 1:
+        return 1
+    every = range(stages)
+    t, f, w = (max(column) for column in (costs.t, costs.f, costs.w))
+    busy = [costs.work(k, 1, split) for k in every]
+    free = max(busy) - max(seconds - costs.t[k] for k, seconds in enumerate(busy))
+    trip = max(t, f) + max(costs.seconds("I" if split else "B", k) for k in every) + 2 * costs.message
+    lean, hops = split and loss_over != "batch", stages - 1
+    if lean and w + free * lookahead:
+        need = max((hops * trip + w) / (free * lookahead + w), (hops * trip + t + f) / (t + f) if t + f else 0.0)
+    elif lookahead and free:
+        need = hops * math.ceil(trip / free - NEARLY)
+    else:
+        return 2 * stages
+    return max(stages, math.ceil(need - NEARLY))
 
 
 def one_machine(jobs: Iterable[Job]) -> float:

@@ -8,6 +8,9 @@ forward goes into the first hole that is long enough for it, once its input is t
     late    F0- ....... F1- B0----- F2- B1----- F3- B2----- ... B3----- ...
     filled  F0- T0' T1' F1- B0----- F2- B1----- F3- B2----- T2' B3----- T3-
 
+Where W is long, the student's timetable keeps to its work only if no rank starts a W while a gradient is on its way to
+it. So there are tables with and without that patience, and the shortest step is tried with each before a longer one.
+
 A greedy order (`greedy`) knows no timetable: it starts a teacher forward wherever a rank is free, which is in the
 student's way where all ranks are short of time at once, as with few microbatches in flight.
 
@@ -47,28 +50,32 @@ Timetable = list[list[_Cell]]
 
 
 def filled(
-    policy: Policy, microbatches: int, costs: Costs, periods: Sequence[float], teacher_microbatches: int = 0
+    policies: Sequence[Policy],
+    microbatches: int,
+    costs: Costs,
+    periods: Sequence[float],
+    teacher_microbatches: int = 0,
 ) -> Iterator[Rows]:
     """Rows with the teacher in the student's own holes, the most promising first.
 
     Args:
-        policy: how the student is ordered; nothing in it that concerns the teacher counts.
+        policies: how the student is ordered; nothing in them that concerns the teacher counts.
         microbatches: M.
         costs: seconds per action; `t` is of one of the teacher's microbatches.
         periods: seconds of a step to aim at; those that the student alone does not keep are left out.
         teacher_microbatches: of a batch; 0 stands for M.
     """
-    student = _student(policy, microbatches, costs)
-    if student is None:
-        return
-    soon = _timed(student, costs)
-    late = _put_off(_timed(student, costs), costs, "F")
+    students = dict.fromkeys(_student(policy, microbatches, costs) for policy in policies)
+    tables: list[tuple[Timetable, float]] = []
+    for student in students:
+        if student is not None:
+            late = _put_off(_timed(student, costs), costs, "F")
+            tables += ((table, _loop(table, costs)) for table in (late, _timed(student, costs)))
     known: set[Rows] = set()
-    for period in periods:
-        for table in (late, soon):
-            if period >= _loop(table, costs) * (1 - NEARLY):
-                for overrun in (0.0, 0.3, 0.6):
-                    yield from _new(known, table, teacher_microbatches or microbatches, costs, period, overrun)
+    for period, (table, alone) in itertools.product(periods, tables):
+        if period >= alone * (1 - NEARLY):
+            for overrun in (0.0, 0.3, 0.6):
+                yield from _new(known, table, teacher_microbatches or microbatches, costs, period, overrun)
 
 
 def waves(policy: Policy, microbatches: int, costs: Costs, bound: float, best: Callable[[], float]) -> Iterator[Rows]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec
 
-from lightning_tspipe.ahead import afab_ahead, slower_messages, staircases, unique, vary
+from lightning_tspipe.ahead import afab_ahead, in_turn, slower_messages, staircases, unique, vary
 from lightning_tspipe.clock import Clock, clock, of_teacher
 from lightning_tspipe.floor import step_floor
 from lightning_tspipe.greedy import Policy, Rows, greedy_rows
@@ -43,9 +43,9 @@ ORDERS = ("auto", "afab", "1f1b", "afab-split", "zb")
 SPLIT = ("afab-split", "zb")
 BUDGET = 14_000  # stages x microbatches x simulations in a search: less than a second
 FEWEST = 12  # simulations, for a large problem
-NEARLY = 1e-9  # of rounding
 PAYS = 1.01  # by so much a step must be shorter for "auto" to split the backward, which takes more memory
 NEAR = 1.0025  # a step that is this near to its bound is as good as any
+PATIENCE = 0.6  # of a rank that could start a W while student work is on its way, in the student's timetable
 MOST = 200  # simulations, for a small problem
 
 Score = tuple[bool, float, int, int]
@@ -71,42 +71,6 @@ class Found:
     bound: float
     floor: float
     evaluations: int
-
-
-def minimal_microbatches(
-    stages: int, costs: Costs, *, lookahead: bool = True, split: bool = False, loss_over: LossOver = "batch"
-) -> int:
-    """The fewest microbatches with which the work that may be moved fills the bubble of the student's pipeline.
-
-    Each cost is the largest over the stages, a message is one of T's, F's or B's. A teacher forward cannot be divided
-    and goes from rank to rank as the student's does, so a hop takes h = max(t, f), and per hop it fills whole ones::
-
-        delayed or frozen teacher, full backward                    M >= (P-1) ceil((h + b + w) / t)
-        the same, split backward, loss over the batch               M >= (P-1) ceil((h + b) / t)
-        the same, split backward, loss per microbatch               M (t + w) >= (P-1)(h + b) + w
-        exact teacher (no lookahead), split, loss per microbatch    M w       >= (P-1)(h + b) + w
-
-    The last two also need M (t + f) >= (P-1)(h + b) + t + f, since rank 0 has no other work before its first gradient
-    comes. Where the stages differ, what fills is the least that the student's work leaves of the busiest rank's time
-    instead of t. At least `stages`, and 1 for one stage. Where nothing may fill the bubble, or what may costs nothing,
-    no M suffices: 2 P is a compromise there (for unit costs the bubble is then less than a third of the step).
-    """
-    check_scalars(stages, 1, loss_over, costs)
-    if stages == 1:
-        return 1
-    every = range(stages)
-    t, f, w = (max(column) for column in (costs.t, costs.f, costs.w))
-    busy = [costs.work(k, 1, split) for k in every]
-    free = max(busy) - max(seconds - costs.t[k] for k, seconds in enumerate(busy))
-    trip = max(t, f) + max(costs.seconds("I" if split else "B", k) for k in every) + 2 * costs.message
-    lean, hops = split and loss_over != "batch", stages - 1
-    if lean and w + free * lookahead:
-        need = max((hops * trip + w) / (free * lookahead + w), (hops * trip + t + f) / (t + f) if t + f else 0.0)
-    elif lookahead and free:
-        need = hops * math.ceil(trip / free - NEARLY)
-    else:
-        return 2 * stages
-    return max(stages, math.ceil(need - NEARLY))
 
 
 def find_schedule(
@@ -214,19 +178,19 @@ class _Search:
         self.held = {name: held[name in SPLIT] for name in ORDERS[1:]}
         self.bound = max(self.costs.work(k, self.microbatches) for k in range(self.stages))
         self.slower = slower_messages(self.costs)
+        self.waits = self.costs.exchange is not None  # the teacher can fill what lies behind the last backward, too
         self.actions = self.costs.per_action(self.microbatches, self.teacher)
         self.budget = min(MOST, max(FEWEST, BUDGET // (self.stages * max(self.microbatches, self.teacher))))
 
     def run(self, names: Sequence[str]) -> Found:
         self.floor = min(map(self.floor_of, {name in SPLIT: name for name in names}.values()))
-        waits = self.costs.exchange is not None  # then the teacher can fill what lies behind the last backward, too
         self.plain(names)
         if "afab" in names:  # others have more to try
-            self.all_forward_first(40 if waits else 75 if "afab-split" in names else 150)
+            self.all_forward_first(40 if self.waits else 75 if "afab-split" in names else 150)
         if not self.enough and self.lookahead:
             self.into_holes(names)
         if not self.enough:
-            self.greedy([name for name in names if name != "afab" or waits])
+            self.greedy([name for name in names if name != "afab" or self.waits])
         if self.best is None:
             raise ValueError("nothing keeps the bounds: allow more microbatches in flight or held")
         schedule = self.schedule(self.best.rows)
@@ -308,8 +272,9 @@ class _Search:
     def into_holes(self, names: Sequence[str]) -> None:
         """The teacher in the holes of the student's timetable. Mostly the first try is the best, so there are few."""
         before = self.evaluations
-        tries = [self.holes(name) for name in names]
-        for name, rows in (pair for row in itertools.zip_longest(*tries) for pair in row if pair is not None):
+        lean = [name for name in names if not name.startswith("afab") or self.waits]
+        tries = [self.holes(name) for name in lean or names]
+        for name, rows in in_turn(*tries):
             try:  # the teacher may come too late for a loss per microbatch
                 self.check(name, self.schedule(rows))
             except ScheduleError:
@@ -322,19 +287,22 @@ class _Search:
     def holes(self, name: str) -> Iterator[tuple[str, Rows]]:
         """Rows of an order, for steps from its bound to a little more."""
         bound = max(self.costs.work(k, self.microbatches, name in SPLIT) for k in range(self.stages))
-        periods = [bound * share for share in (1, 1.01, 1.03, 1.06)]
-        for limit in self.limits(name):
-            given = self.policy(name, limit), self.microbatches, self.actions
-            found = filled(*given, periods, self.teacher)
+        periods = [bound * share for share in (1, 1.005, 1.01, 1.02, 1.03, 1.06)]
+        policies = [self.policy(name, limit) for limit in self.limits(name)]
+        given = self.microbatches, self.actions
+        patient = [replace(policy, patience=PATIENCE) for policy in policies if policy.split]  # lest a W be in the way
+        for group in [[policy] for policy in policies] if self.waits else [[*policies, *patient]]:
+            ways = [filled(group, *given, periods, self.teacher)]
             if self.teacher == self.microbatches and name in ("1f1b", "zb"):
-                found = itertools.chain(found, waves(*given, bound, self.shortest))
-            yield from ((name, rows) for rows in found)
+                plain = group[: len(policies)]
+                ways.append(row for policy in plain for row in waves(policy, *given, bound, self.shortest))
+            yield from ((name, rows) for rows in (itertools.chain if self.waits else in_turn)(*ways))
 
     def greedy(self, names: Sequence[str]) -> None:
         """Simulate policies, the most promising of every order first, then vary the best one."""
         before = self.evaluations
         tries = [self.policies(name) for name in names]
-        for name, policy in (pair for row in itertools.zip_longest(*tries) for pair in row if pair is not None):
+        for name, policy in in_turn(*tries):
             self.evaluate(name, policy)
             if self.enough or self.evaluations - before >= self.budget * 2 // 3:
                 break

@@ -10,8 +10,9 @@ from functools import cached_property, partial
 from typing import Any
 
 from lightning_tspipe.clock import clock, of_teacher
+from lightning_tspipe.floor import minimal_microbatches
 from lightning_tspipe.layers import Layer
-from lightning_tspipe.orders import NEAR, ORDERS, SPLIT, Found, find_schedule, minimal_microbatches
+from lightning_tspipe.orders import NEAR, ORDERS, SPLIT, Found, find_schedule
 from lightning_tspipe.partition import Partition
 from lightning_tspipe.schedule import Costs, LossOver, Schedule, check_teacher_microbatches
 from lightning_tspipe.simulate import ReplayError, replay

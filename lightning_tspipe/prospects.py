@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_tspipe.clock import of_teacher
-from lightning_tspipe.orders import ORDERS, SPLIT, Found, minimal_microbatches
+from lightning_tspipe.floor import minimal_microbatches
+from lightning_tspipe.orders import ORDERS, SPLIT, Found
 from lightning_tspipe.placement import fits, peaks
 from lightning_tspipe.plan import Planner
 from lightning_tspipe.rivals import ways

@@ -15,7 +15,7 @@ POLICY = Policy(ahead=(0, 0), in_flight=(2, 1), held=(4, 4))  # 1F1B
 
 def rows(policy: Policy, microbatches: int, costs: Costs, *periods: float) -> list[list[str]]:
     made = []
-    for found in filled(policy, microbatches, costs, periods):
+    for found in filled([policy], microbatches, costs, periods):
         schedule = Schedule(len(costs.t), microbatches, policy.loss_over, found)
         validate(schedule, max_in_flight=policy.in_flight, max_held=policy.held)
         made.append([" ".join(map(str, row)) for row in found])
@@ -39,10 +39,26 @@ def test_what_does_not_fit_is_not_made() -> None:
     assert rows(replace(POLICY, in_flight=(1, 1), loss_over="batch"), 2, costs, 99) == []  # the student gets stuck
 
 
+def test_no_weights_are_in_the_way_of_a_gradient() -> None:
+    """A step of the work alone, 40, for which a rank may not start a W of 4 while it waits 2 for an I."""
+    policy = Policy((0, 0, 0), in_flight=(4, 4, 4), held=(4, 4, 4), split=True)
+    costs = Costs.uniform(3, t=2, f=1, b=3, w=4)
+    patient = replace(policy, patience=0.6)
+    assert rows(policy, 4, costs, costs.work(0, 4)) == []
+    found = rows(patient, 4, costs, costs.work(0, 4))
+    assert found[0] == [
+        "F0 T0' F1 F2 F3 T1' T2' I0 T3' I1 I2 I3 W0 W1 W2 W3",
+        "T3 F0 F1 F2 F3 I0 T0' I1 T1' I2 T2' I3 W0 W1 W2 W3",
+        "T0 T1 T2 T3 F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3",
+    ]
+    both = filled([policy, patient], 4, costs, [costs.work(0, 4)])
+    assert [[" ".join(map(str, row)) for row in each] for each in both] == found
+
+
 def test_an_optimizer_step_and_an_exchange_are_kept_free() -> None:
     costs = replace(Costs.uniform(2), optimizer=1, exchange=2)
     for period in (17, 19, 23):
-        for found in filled(POLICY, 4, costs, [period]):
+        for found in filled([POLICY], 4, costs, [period]):
             assert timeline(Schedule(2, 4, "microbatch", found), costs).period <= period
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from lightning_tspipe import rivals
 from lightning_tspipe.clock import clock
-from lightning_tspipe.orders import BUDGET, FEWEST, MOST, ORDERS, find_schedule, make_schedule, minimal_microbatches
+from lightning_tspipe.floor import minimal_microbatches
+from lightning_tspipe.orders import BUDGET, FEWEST, MOST, ORDERS, find_schedule, make_schedule
 from lightning_tspipe.plain import plain_rows
 from lightning_tspipe.schedule import Costs, Schedule, ScheduleError, validate
 from lightning_tspipe.simulate import replay, timeline
