@@ -172,7 +172,7 @@ class _Rank:
 
     def may_close(self, now: float) -> bool:
         """Whether that may be made."""
-        return self.row_done() and self.gates[self.step] <= now
+        return self.gates[self.step] <= now and self.row_done()
 
     def close(self, now: float) -> None:
         """Make the optimizer step."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import ParamSpec
 
 from lightning_tspipe.ahead import afab_ahead, in_turn, slower_messages, staircases, unique, vary
-from lightning_tspipe.clock import Clock, clock, of_teacher
+from lightning_tspipe.clock import Clock, of_teacher
 from lightning_tspipe.floor import step_floor
 from lightning_tspipe.greedy import Policy, Rows, greedy_rows
 from lightning_tspipe.holes import filled, waves
@@ -186,7 +186,7 @@ class _Search:
         self.floor = min(map(self.floor_of, {name in SPLIT: name for name in names}.values()))
         self.plain(names)
         if "afab" in names:  # others have more to try
-            self.all_forward_first(40 if self.waits else 75 if "afab-split" in names else 150)
+            self.all_forward_first(20 if self.waits else 75 if "afab-split" in names else 150)
         if not self.enough and self.lookahead:
             self.into_holes(names)
         if not self.enough:
@@ -225,11 +225,12 @@ class _Search:
     def schedule(self, rows: Rows) -> Schedule:
         return Schedule(self.stages, self.microbatches, self.loss_over, rows, self.teacher)
 
-    def offer(self, name: str, rows: Rows) -> Score:
-        """Time the rows, and keep them if they are the best."""
+    def offer(self, name: str, rows: Rows, timed: Clock | None = None) -> Score:
+        """Time the rows, with a clock that they may have, and keep them if they are the best."""
         self.evaluations += 1
         schedule = self.schedule(rows)
-        period = (timed := Clock(schedule, self.costs))(self.costs).period
+        timed = timed or Clock(schedule, self.costs)
+        period = timed(self.costs).period
         worse = period > self.limit * (1 + 1e-9)
         if self.best is not None and (worse, 2 * period) > self.best.score[:2]:  # slower messages make it no better
             return worse, 2 * period, 0, 0
@@ -243,19 +244,20 @@ class _Search:
 
     def plain(self, names: Sequence[str]) -> None:
         """The orders without a search, which set the limit for all others."""
-        found = []
+        found, taught = [], self.loss_over == "student_microbatch"
         for name in names:
-            taught = self.loss_over == "student_microbatch"
             for rows in plain_rows(name, self.stages, self.microbatches, self.teacher, taught):
                 schedule = self.schedule(rows)
-                try:
-                    self.check(name, schedule)
-                except ScheduleError:
-                    continue
-                found.append((name, rows))
-                self.limit = min(self.limit, clock(schedule, self.costs).period)
-        for name, rows in found:
-            self.offer(name, rows)
+                if not self.holds_all(name):  # else nothing is in the way, and it takes time
+                    try:
+                        self.check(name, schedule)
+                    except ScheduleError:
+                        continue
+                timed = Clock(schedule, self.costs)
+                found.append((name, rows, timed))
+                self.limit = min(self.limit, timed(self.costs).period)
+        for name, rows, timed in found:
+            self.offer(name, rows, timed)
 
     def all_forward_first(self, budget: int) -> None:
         """All forwards, then all backwards; the teacher in one block before each."""
