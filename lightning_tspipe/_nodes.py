@@ -85,7 +85,11 @@ def _has_formula(node: Any, left: Any) -> bool:
 
 def _is_strided(saved: Any) -> bool:
     """Whether it is a usual tensor; what is to be computed again is, and is not computed to learn that."""
-    return isinstance(saved.data, View) or saved.unpack().layout is torch.strided
+    data = saved.data  # torch 2.11 has no `saved.unpack`
+    if isinstance(data, View):
+        return True
+    tensor: Tensor = data if isinstance(data, Tensor) else data.get()
+    return tensor.layout is torch.strided
 
 
 def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
