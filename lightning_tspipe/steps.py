@@ -132,14 +132,15 @@ class _Call(nn.Module):
 
     def __init__(self, step: Step, target: Callable[..., Any], device_type: str) -> None:
         super().__init__()
-        self.step, self._target, self._device_type = step, target, device_type
+        self.step, self._device_type = step, device_type
+        self._target = (target,)  # else torch 2.11 takes it for a method that it does not know
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         """Run it; its results."""
         args, kwargs = tree.unflatten(tensors, self.step.structure)
         autocast = nullcontext() if self.step.autocast else torch.autocast(self._device_type, enabled=False)
         with nullcontext() if self.step.grad else torch.no_grad(), autocast:
-            return tree.flatten(self._target(*args, **kwargs))[0]
+            return tree.flatten(self._target[0](*args, **kwargs))[0]
 
 
 def _compiled(modules: Sequence[nn.Module], graph: fx.Graph, options: Options) -> Callable[..., Any]:
