@@ -88,7 +88,7 @@ def _is_strided(saved: Any) -> bool:
     data = saved.data  # torch 2.11 has no `saved.unpack`
     if isinstance(data, View):
         return True
-    tensor: Tensor = data if isinstance(data, Tensor) else data.get()
+    tensor: Tensor = data if isinstance(data, Tensor) else unpack(data)
     return tensor.layout is torch.strided
 
 

@@ -118,7 +118,7 @@ def _new(known: set[Rows], *tried: Any) -> Iterator[Rows]:
         yield made
 
 
-@functools.lru_cache(maxsize=8)  # `filled` and `waves` ask for the same
+@functools.lru_cache(maxsize=16)  # `filled` and `waves` ask for the same, of two orders in turn
 def _student(policy: Policy, microbatches: int, costs: Costs) -> Rows | None:
     """The student's rows if there were no teacher; None if the ranks get stuck."""
     stages = len(costs.t)
